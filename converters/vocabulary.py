@@ -26,7 +26,8 @@ class Vocabulary:
 
     `pre` is llama.cpp's name of the pre-tokenizer. An id is None where the checkpoint has no such token.
     `fim_prefix`, `fim_suffix`, `fim_middle` are the ids that come before the prefix, the suffix and the
-    middle: begin, hole and end in DeepSeek Coder's words.
+    middle: begin, hole and end in DeepSeek Coder's words. `eot_id` is a second id that ends generation: the
+    instruct models stop at `<|EOT|>` (eos) and must stop at the end of sentence (eot) as well.
     """
 
     tokens: tuple[str, ...]
@@ -42,3 +43,4 @@ class Vocabulary:
     fim_suffix: int | None = None
     fim_middle: int | None = None
     chat_template: str | None = None
+    eot_id: int | None = None
