@@ -10,8 +10,8 @@ number from 0 to 1, read from the step count or the clock; learning rate and len
 | 0.5 - 0.75 | 8 x 1024                               |                               |
 | 0.75 - 1   | 8 x 1024 and 1 x 6144, taking turns    |                               |
 
-Short rows come first because attention over them is cheap. The long ones train positions beyond 4096, which is
-the context divided by the rotary factor.
+Short rows come first because attention over them is cheap. The long ones train positions beyond 4096, the
+context divided by the rotary factor.
 """
 
 from __future__ import annotations
