@@ -1,0 +1,120 @@
+"""What a user may name as a source, turned into the three things that a checkpoint is made of.
+
+A `Source` is not opened yet: config, inventory and tokenizer are calls, each of which may fail with its
+own reasons, so that whoever assembles the checkpoint can collect all of them.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from converters.bin_shards import bin_inventory
+from converters.config import read_config, read_json
+from converters.folder import WeightFiles, explain_no_weights, find_weights
+from converters.inventory import Inventory, found_by_spec
+from converters.shards import safetensors_inventory
+from converters.token_roles import DEEPSEEK_END, EosRule
+from converters.tokenizer import CheckpointTokenizer, read_tokenizer, tokenizer_from_vocabulary
+from converters.travelling import licence_name, travelling_files
+from converters.vocabulary import Vocabulary
+from quantize.errors import CheckpointError, TokenizerError
+from quantize.llama import LlamaConfig
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TRAINER_FOLDER = re.compile(r"checkpoint-\d+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint before it is opened. `label` is what messages call it."""
+
+    label: str
+    name: str
+    config: Callable[[], LlamaConfig]
+    inventory: Callable[[], Inventory]
+    tokenizer: Callable[[LlamaConfig], CheckpointTokenizer]
+    revision: str | None = None
+    licence: str | None = None
+    travelling: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def is_hub_id(text: str) -> bool:
+    """Return whether `text` has the form `organisation/name` of a model on the hub."""
+    return _HUB_ID.fullmatch(text) is not None and "--" not in text and ".." not in text
+
+
+def folder_source(folder: Path, eos: EosRule) -> Source:
+    """Return a local folder as a source.
+
+    Raises CheckpointError at once for a folder that is no checkpoint at all: for that, nothing else about
+    it matters.
+    """
+    if not (folder / "config.json").is_file() and not _has_weights(folder):
+        raise explain_no_weights(folder)
+    resolved = folder.resolve()
+    homes = (resolved, resolved.parent) if _TRAINER_FOLDER.fullmatch(resolved.name) else (resolved,)
+    tokenizer_home = next((home for home in homes if (home / "tokenizer.json").is_file()), resolved)
+    travelling = next((files for home in homes if (files := travelling_files(home))), ())
+    notes = [] if tokenizer_home == resolved else [f"tokenizer taken from {tokenizer_home}"]
+    return Source(
+        label=str(folder),
+        name="-".join(home.name for home in reversed(homes)),
+        config=lambda: read_config(read_json(folder / "config.json")),
+        inventory=lambda: folder_inventory(folder),
+        tokenizer=lambda config: read_tokenizer(tokenizer_home, config.vocab_size, eos=eos),
+        licence=licence_name(travelling),
+        travelling=travelling,
+        notes=tuple(notes),
+    )
+
+
+def folder_inventory(folder: Path) -> Inventory:
+    """Read the headers of a folder's shards; raises CheckpointError with all reasons."""
+    weights: WeightFiles = find_weights(folder)
+    if weights.kind == "bin":
+        return bin_inventory(weights.files)
+    return safetensors_inventory(weights.files)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("model*.safetensors*")) or any(folder.glob("pytorch_model*.bin*"))
+
+
+def gguf_source(path: Path, eos: EosRule) -> Source:
+    """Return a GGUF file with F32, F16 or BF16 tensors as a source; raises CheckpointError."""
+    from converters.gguf_source import open_gguf
+
+    file = open_gguf(path)
+    specs = file.weights.specs()
+    found = {name: found_by_spec(spec) for name, spec in specs.items()}
+    # What is quantized shows as its quant type, and is refused by the same rule as any other dtype.
+    found = {name: replace(tensor, dtype=file.tensor_types[name]) for name, tensor in found.items()}
+    licence = file.metadata.get("general.license")
+    return Source(
+        label=str(path),
+        name=str(file.metadata.get("general.name") or path.stem),
+        config=lambda: file.config,
+        inventory=lambda: Inventory(found, lambda names: file.weights),
+        tokenizer=lambda config: tokenizer_from_vocabulary(_with_eos(file.vocabulary, eos)),
+        licence=str(licence) if licence else None,
+        travelling=travelling_files(path.resolve().parent),
+    )
+
+
+def _with_eos(vocabulary: Vocabulary, eos: EosRule) -> Vocabulary:
+    """Return the vocabulary with the end-of-sentence token as its only stop for `eos="completion"`."""
+    if eos == "model":
+        return vocabulary
+    if DEEPSEEK_END not in vocabulary.tokens:
+        raise TokenizerError(f"--eos completion: the vocabulary has no {DEEPSEEK_END}")
+    return replace(vocabulary, eos_id=vocabulary.tokens.index(DEEPSEEK_END), eot_id=None)
+
+
+def unknown_source(text: str) -> CheckpointError:
+    """Return the error for a source that is nothing that could be opened."""
+    return CheckpointError(
+        f"{text}: not found",
+        reasons=["no such folder", "no such .gguf file", "not a hub id of the form organisation/name"],
+    )
