@@ -1,0 +1,152 @@
+"""The whole way from a checkpoint to finished files: start reading here.
+
+    check      every request against the checkpoint: all reasons at once, before any work
+    plan       every tensor's type and place, every file's size
+    room       names that exist already, and the space on the disk
+    stream     one read of the weights, each slice to every export
+    finish     flush, then rename: a file under its final name is whole
+
+The proof (`converters/verify.py`) reads the finished files again; `mark_failed` takes away the names of
+those that do not pass.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from converters.checkpoint import Checkpoint
+from converters.disk import PARTIAL, check_room, copy_whole, explained
+from converters.plan import ConvertOptions, Plan, Request, Written
+from converters.stream import Export, OnEvent, TensorDone, stream
+from converters.targets import TARGETS
+from quantize.errors import OutputError, PlanError
+
+__all__ = ["Reread", "TensorDone", "convert", "mark_failed", "plan_exports", "reread_hashes"]
+
+FAILED = ".failed"
+_CHUNK_BYTES = 1 << 22
+
+
+def convert(
+    checkpoint: Checkpoint,
+    requests: Sequence[Request],
+    options: ConvertOptions,
+    on_event: OnEvent = lambda _: None,
+) -> list[Written]:
+    """Write the checkpoint in every format asked for, from one read of it; return them in order.
+
+    Raises PlanError, OutputError or CheckpointError, and then nothing has a final name.
+    """
+    started = time.monotonic()
+    plans = plan_exports(checkpoint, requests, options)
+    check_destination(plans, options)
+    with ExitStack() as stack:
+        exports = []
+        for plan in plans:
+            writer = TARGETS[plan.request.format].open_writer(plan, options)
+            stack.callback(writer.abort)
+            exports.append(Export(plan, writer))
+        hashes = stream(checkpoint.weights, exports, options, on_event)
+        for export in exports:
+            export.writer.flush()
+        copy_licences(checkpoint, options.folder)
+        for export in exports:
+            export.writer.commit()
+    seconds = time.monotonic() - started
+    paths = [tuple(options.folder / file.name for file in plan.files) for plan in plans]
+    return [Written(*parts, seconds) for parts in zip(plans, paths, hashes, strict=True)]
+
+
+def plan_exports(checkpoint: Checkpoint, requests: Sequence[Request], options: ConvertOptions) -> list[Plan]:
+    """Return every request's plan; raises PlanError with the reasons against any of them."""
+    reasons = [
+        f"{request}: {reason}"
+        for request in requests
+        for reason in TARGETS[request.format].check(checkpoint, request)
+    ]
+    reasons += [f"{request} is asked for twice" for request in set(requests) if requests.count(request) > 1]
+    if reasons:
+        raise PlanError("this checkpoint cannot be written so", reasons=reasons)
+    return [TARGETS[request.format].plan(checkpoint, request, options) for request in requests]
+
+
+def check_destination(plans: Sequence[Plan], options: ConvertOptions) -> None:
+    """Create the folder; raises OutputError for files that exist already or too little room."""
+    paths = [options.folder / file.name for plan in plans for file in plan.files]
+    if not options.force and (there := [f"{path.name} exists" for path in paths if path.exists()]):
+        raise OutputError(f"{options.folder}: nothing is overwritten", reasons=there, hint="use --force")
+    leftovers = [path.with_name(path.name + PARTIAL) for path in paths]
+    check_room(options.folder, sum(plan.n_bytes for plan in plans), leftovers)
+    with explained(options.folder):
+        options.folder.mkdir(parents=True, exist_ok=True)
+
+
+def copy_licences(checkpoint: Checkpoint, folder: Path) -> list[Path]:
+    """Put the model's licence and notice files beside the exports; return where they are.
+
+    They keep their names. Where another file has the name already, the model's name goes in front.
+    """
+    copies = []
+    for source in checkpoint.provenance.travelling:
+        if source.suffix.lower() == ".md" and source.stem.lower() == "readme":
+            continue
+        data, path = source.read_bytes(), folder / source.name
+        if path.exists() and path.read_bytes() != data:
+            path = folder / f"{checkpoint.provenance.name}-{source.name}"
+        if not path.exists() or path.read_bytes() != data:
+            copy_whole(source, path)
+        copies.append(path)
+    return copies
+
+
+def mark_failed(written: Written) -> tuple[Path, ...]:
+    """Rename every file of an export to `*.failed`, so that nobody takes it for a good one."""
+    failed = tuple(path.with_name(path.name + FAILED) for path in written.paths)
+    for path, new in zip(written.paths, failed, strict=True):
+        with explained(new):
+            path.replace(new)
+    return failed
+
+
+@dataclass(frozen=True)
+class Reread:
+    """Files read back from the disk: each one's sha256, and the tensors that are not what was written."""
+
+    file_hashes: dict[str, str]
+    differing: tuple[str, ...]
+
+
+def reread_hashes(written: Written) -> Reread:
+    """Read an export back in one pass; its tensors are compared with `written.tensor_hashes`.
+
+    `file_hashes` are by file name. `differing` is only meaningful for an export made with
+    `hash_tensors`.
+    """
+    file_hashes, differing = {}, []
+    for number, path in enumerate(written.paths):
+        whole = hashlib.sha256()
+        with path.open("rb") as file:
+            for tensor in (t for t in written.plan.tensors if t.file == number):
+                _hash_bytes(file, tensor.offset - file.tell(), whole)
+                digest = _hash_bytes(file, tensor.n_bytes, whole)
+                if written.tensor_hashes and digest != written.tensor_hashes[tensor.name]:
+                    differing.append(tensor.name)
+            _hash_bytes(file, path.stat().st_size - file.tell(), whole)
+        file_hashes[path.name] = whole.hexdigest()
+    return Reread(file_hashes, tuple(differing))
+
+
+def _hash_bytes(file: BinaryIO, n_bytes: int, whole: "hashlib._Hash") -> str:
+    part = hashlib.sha256()
+    while n_bytes > 0:
+        data = file.read(min(n_bytes, _CHUNK_BYTES))
+        if not data:
+            break
+        part.update(data)
+        whole.update(data)
+        n_bytes -= len(data)
+    return part.hexdigest()

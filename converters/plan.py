@@ -1,0 +1,109 @@
+"""What will be written, decided before anything is: the plan of one export.
+
+A plan is complete: every tensor's type and the reason for it, where its bytes will lie, the first bytes
+of every file, all sizes. `--dry-run` prints it, the room on the disk is compared with it, and the writer
+follows it without a decision of its own. So the tensors may arrive in any order.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Request:
+    """One `--to FORMAT:QUANT`, checked against the known names and in their spelling."""
+
+    format: str
+    quant: str
+
+    def __str__(self) -> str:
+        return f"{self.format}:{self.quant}"
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How to write: everything about an export that is not its format.
+
+    `split_max_bytes` bounds each file; `hash_tensors` takes every tensor's sha256 on the way, which the
+    proof compares with what it reads back from the disk.
+    """
+
+    folder: Path
+    force: bool = False
+    split_max_bytes: int | None = None
+    n_threads: int = 2
+    hash_tensors: bool = False
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor: what it becomes, why, and where its bytes go.
+
+    `name` is the checkpoint's and `written_name` the format's; `shape` has rows first. `offset` counts
+    from the start of file number `file`. Rows are handed to the writer in multiples of `row_step`. A
+    finite weight of magnitude `overflow` or more does not fit the type.
+    """
+
+    name: str
+    written_name: str
+    shape: tuple[int, ...]
+    quant: str
+    reason: str
+    n_bytes: int
+    file: int
+    offset: int
+    row_step: int
+    overflow: float
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows; a vector is one row."""
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file: its name, its first bytes and its size."""
+
+    name: str
+    head: bytes
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One export: its files and its tensors in their order in the files."""
+
+    request: Request
+    files: tuple[FilePlan, ...]
+    tensors: tuple[TensorPlan, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all files."""
+        return sum(file.n_bytes for file in self.files)
+
+    @property
+    def fallbacks(self) -> tuple[TensorPlan, ...]:
+        """The tensors that do not get the type asked for although they are matrices."""
+        return tuple(t for t in self.tensors if len(t.shape) > 1 and t.quant != self.request.quant)
+
+    @cached_property
+    def by_name(self) -> Mapping[str, TensorPlan]:
+        """The tensors by the checkpoint's names."""
+        return {tensor.name: tensor for tensor in self.tensors}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished export: the plan it follows, its files, each tensor's sha256 if asked for, and the time.
+
+    `tensor_hashes` are taken of the bytes on their way to the disk, by the checkpoint's names.
+    """
+
+    plan: Plan
+    paths: tuple[Path, ...]
+    tensor_hashes: Mapping[str, str]
+    seconds: float

@@ -1,0 +1,169 @@
+"""One read of the weights, any number of exports.
+
+Every tensor is loaded once, cut into slices of rows, and each slice goes through all writers while it is
+warm: looked at for numbers that are not finite, encoded, written at its offset. Slices are small enough
+for the processor's cache, so memory does not depend on the model. Rows are encoded independently of each
+other, so the bytes do not depend on the number of threads or on who was first.
+"""
+
+import hashlib
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from converters.plan import ConvertOptions, Plan
+from converters.targets.base import Writer
+from quantize.errors import CheckpointError, PlanError
+from quantize.weights import Weights
+
+SLICE_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class TensorDone:
+    """Progress: a tensor has been written to every export."""
+
+    name: str
+    n_source_bytes: int
+    n_done: int
+    n_total: int
+
+
+OnEvent = Callable[[TensorDone], None]
+
+
+@dataclass(frozen=True)
+class Export:
+    """A plan, and the writer that carries it out."""
+
+    plan: Plan
+    writer: Writer
+
+
+@dataclass(frozen=True)
+class _Slice:
+    name: str
+    first_row: int
+    rows: torch.Tensor
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a worker found in a slice, and the bytes it wrote to each export: none when it only looked."""
+
+    part: _Slice
+    peak: float
+    written: tuple[torch.Tensor, ...] = ()
+
+
+def stream(
+    weights: Weights, exports: Sequence[Export], options: ConvertOptions, on_event: OnEvent
+) -> list[dict[str, str]]:
+    """Write every planned tensor to every export; return each export's sha256 by tensor name.
+
+    The hashes, of the written bytes, are empty dictionaries unless `options.hash_tensors`.
+    Raises CheckpointError naming every tensor with numbers that are not finite (nothing is written after
+    the first is found, but all are looked at), PlanError naming every tensor that does not fit its
+    type, OutputError.
+    """
+    run = _Stream(weights, exports, options, on_event)
+    with _one_thread_per_worker(), ThreadPoolExecutor(options.n_threads) as pool:
+        pending: deque[Future[_Outcome]] = deque()
+        for part in run.slices():
+            pending.append(pool.submit(run.work, part))
+            # The queue bounds what is in flight; results come out in the order of the slices.
+            if len(pending) > 2 * options.n_threads:
+                run.settle(pending.popleft().result())
+        while pending:
+            run.settle(pending.popleft().result())
+    run.raise_faults()
+    return run.hashes()
+
+
+class _Stream:
+    def __init__(
+        self, weights: Weights, exports: Sequence[Export], options: ConvertOptions, on_event: OnEvent
+    ) -> None:
+        self.weights, self.exports, self.on_event = weights, exports, on_event
+        planned = set().union(*(export.plan.by_name for export in exports))
+        self.specs = {name: spec for name, spec in weights.specs().items() if name in planned}
+        self.n_done, self.n_total = 0, sum(spec.n_bytes for spec in self.specs.values())
+        self.digests = [{name: hashlib.sha256() for name in self.specs} for _ in exports]
+        self.hashing = options.hash_tensors
+        self.not_finite: dict[str, Counter[str]] = {}
+        self.too_large: dict[tuple[str, str], float] = {}
+
+    def slices(self) -> Iterator[_Slice]:
+        """Load tensor after tensor and cut each into slices of whole steps of rows."""
+        for name in self.specs:
+            tensor = self.weights.load(name)
+            rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.reshape(1, -1)
+            step = math.lcm(*(export.plan.by_name[name].row_step for export in self.exports))
+            n_rows = max(SLICE_ELEMENTS // rows.shape[1] // step, 1) * step
+            for start in range(0, len(rows), n_rows):
+                yield _Slice(name, start, rows[start : start + n_rows], start + n_rows >= len(rows))
+
+    def work(self, part: _Slice) -> _Outcome:
+        """Look at a slice and, while all is well, write it; runs in a worker."""
+        low, high = (float(bound) for bound in torch.aminmax(part.rows))  # NaN if there is one
+        peak = max(-low, high) if math.isfinite(low) and math.isfinite(high) else math.inf
+        fits = all(peak < export.plan.by_name[part.name].overflow for export in self.exports)
+        if not fits or self.not_finite or self.too_large or not math.isfinite(peak):
+            return _Outcome(part, peak)
+        written = [export.writer.put(part.name, part.first_row, part.rows) for export in self.exports]
+        return _Outcome(part, peak, tuple(written) if self.hashing else ())
+
+    def settle(self, outcome: _Outcome) -> None:
+        """Take note of a slice's outcome, in the order of the slices."""
+        part = outcome.part
+        if not math.isfinite(outcome.peak):
+            counts = self.not_finite.setdefault(part.name, Counter())
+            counts.update(NaN=int(part.rows.isnan().sum()), infinite=int(part.rows.isinf().sum()))
+            return
+        for export in self.exports:
+            tensor = export.plan.by_name[part.name]
+            if outcome.peak >= tensor.overflow:
+                key = (part.name, tensor.quant)
+                self.too_large[key] = max(outcome.peak, self.too_large.get(key, 0.0))
+        for digests, blocks in zip(self.digests, outcome.written, strict=False):
+            digests[part.name].update(blocks.numpy().data)
+        if part.is_last:
+            n_bytes = self.specs[part.name].n_bytes
+            self.n_done += n_bytes
+            self.on_event(TensorDone(part.name, n_bytes, self.n_done, self.n_total))
+
+    def hashes(self) -> list[dict[str, str]]:
+        """Return the finished sha256 of every tensor for each export."""
+        if not self.hashing:
+            return [{} for _ in self.exports]
+        return [{name: digest.hexdigest() for name, digest in digests.items()} for digests in self.digests]
+
+    def raise_faults(self) -> None:
+        """Raise one error that names every tensor which cannot be exported."""
+        reasons = [
+            f"{name}: {counts['NaN']} NaN and {counts['infinite']} infinite of {self.specs[name].n_elements}"
+            for name, counts in self.not_finite.items()
+        ]
+        unfit = [f"{name}: {peak:.6g} does not fit {quant}" for (name, quant), peak in self.too_large.items()]
+        if reasons:
+            hint = "the checkpoint is damaged: fetch it again, or look at how it was trained or merged"
+            raise CheckpointError("weights that are not finite numbers", reasons=reasons + unfit, hint=hint)
+        if unfit:
+            raise PlanError("weights too large for the type", reasons=unfit, hint="choose BF16 or F32")
+
+
+@contextmanager
+def _one_thread_per_worker() -> Iterator[None]:
+    """Keep torch from starting threads of its own inside each worker."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

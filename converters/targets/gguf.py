@@ -1,0 +1,181 @@
+"""GGUF: the format of llama.cpp and of everything built on it.
+
+Types follow llama.cpp's own rule for the plain types: vectors (the norms) are F32, every matrix gets the
+type asked for, token embedding and output head included. A matrix whose rows do not divide into the
+type's blocks falls back to F16, and the plan says so.
+
+The layout comes first: the head of a file states every tensor's offset, so it is complete before the
+first weight is read, and tensors can be written at their offsets in any order.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from converters.checkpoint import Checkpoint
+from converters.disk import PartialFile, rename_all
+from converters.gguf_file import head_bytes, padded, shard_name
+from converters.names import gguf_name, is_rotary, permute
+from converters.plan import ConvertOptions, FilePlan, Plan, Request, TensorPlan
+from converters.targets.gguf_fields import add_split_fields, bare_fields, gguf_fields
+from quantize.codecs import CODECS, codec
+from quantize.errors import PlanError
+from quantize.llama import LlamaConfig
+
+_VECTORS = "F32"
+_FALLBACK = "F16"
+
+
+@dataclass(frozen=True)
+class GgufTarget:
+    """`--to gguf:TYPE`."""
+
+    format: str = "gguf"
+
+    @property
+    def quants(self) -> Sequence[str]:
+        """Every type that has a codec."""
+        return tuple(CODECS)
+
+    def check(self, checkpoint: Checkpoint, request: Request) -> list[str]:
+        """Return what stands against an export: a name that is no file name, odd heads, odd tokens."""
+        reasons, config, name = [], checkpoint.config, checkpoint.provenance.name
+        if not name or name.startswith(".") or "/" in name or "\0" in name:
+            reasons.append(f"the model's name {name!r} cannot be a file name; give another with --name")
+        if config.head_dim % 2:
+            reasons.append(f"heads of {config.head_dim} rows: rotary embedding needs an even number")
+        n_tokens = len(checkpoint.tokenizer.vocabulary.tokens)
+        if n_tokens != config.vocab_size:
+            reasons.append(
+                f"{n_tokens} tokens for the embedding's {config.vocab_size} rows; GGUF needs one each"
+            )
+        return reasons
+
+    def plan(self, checkpoint: Checkpoint, request: Request, options: ConvertOptions) -> Plan:
+        """Return the layout; raises PlanError when a tensor alone is larger than `split_max_bytes`."""
+        layout = _Layout(checkpoint, request)
+        shards = _split(layout, _choose_types(checkpoint.config, request.quant), options.split_max_bytes)
+        stem = f"{checkpoint.provenance.name}-{request.quant}"
+        files: list[FilePlan] = []
+        placed: list[TensorPlan] = []
+        for number, shard in enumerate(shards):
+            head = layout.head(shard, number, len(shards), sum(map(len, shards)))
+            end = len(head)
+            for tensor in shard:
+                placed.append(replace(tensor, file=number, offset=end))
+                end += padded(tensor.n_bytes)
+            name = f"{stem}.gguf" if len(shards) == 1 else shard_name(stem, number, len(shards))
+            files.append(FilePlan(name, head, end))
+        return Plan(request, tuple(files), tuple(placed))
+
+    def open_writer(self, plan: Plan, options: ConvertOptions) -> "GgufWriter":
+        """Create the files under temporary names, with their heads in place."""
+        return GgufWriter(plan, options.folder)
+
+
+class GgufWriter:
+    """The files of one plan, being written."""
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        """Create every file in its full length; raises OutputError and leaves none when one fails."""
+        self._plan = plan
+        self._files: list[PartialFile] = []
+        try:
+            for file in plan.files:
+                self._files.append(PartialFile(folder / file.name, file.n_bytes))
+                self._files[-1].write(0, file.head)
+        except BaseException:
+            self.abort()
+            raise
+
+    def put(self, name: str, first_row: int, rows: torch.Tensor) -> torch.Tensor:
+        """Encode whole heads or rows (n, K), in GGUF's order of rows, and write them at their offset."""
+        tensor = self._plan.by_name[name]
+        # The row step of q and k is a head: rows change places within it alone.
+        ordered = permute(rows, tensor.row_step) if is_rotary(name) else rows
+        blocks = codec(tensor.quant).encode(ordered)
+        offset = tensor.offset + first_row * blocks.shape[1]
+        self._files[tensor.file].write(offset, blocks.numpy().data.cast("B"))
+        return blocks
+
+    def flush(self) -> None:
+        """Wait until the disk has everything."""
+        for file in self._files:
+            file.flush()
+
+    def commit(self) -> None:
+        """Give all files their final names; nothing stays under them when one of the renames fails."""
+        rename_all(self._files)
+
+    def abort(self) -> None:
+        """Remove the temporary files; harmless after `commit`."""
+        for file in self._files:
+            file.abandon()
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The heads of an export's files."""
+
+    checkpoint: Checkpoint
+    request: Request
+
+    def head(self, tensors: Sequence[TensorPlan], number: int, count: int, n_tensors: int) -> bytes:
+        """Return the head of file `number` of `count`: all metadata is in the first."""
+        writer = gguf_fields(self.checkpoint, self.request.quant) if number == 0 else bare_fields()
+        if count > 1:
+            add_split_fields(writer, number, count, n_tensors)
+        entries = ((t.written_name, t.shape, codec(t.quant).ggml_type, t.n_bytes) for t in tensors)
+        return head_bytes(writer, entries)
+
+
+def _choose_types(config: LlamaConfig, asked: str) -> list[TensorPlan]:
+    """Return every tensor with its type and the reason for it, not yet placed."""
+    return [
+        _choose_type(name, shape, asked, config.head_dim) for name, shape in config.tensor_shapes().items()
+    ]
+
+
+def _choose_type(name: str, shape: tuple[int, ...], asked: str, head_dim: int) -> TensorPlan:
+    n_columns, chosen, reason = shape[-1], codec(asked), "as asked"
+    if len(shape) == 1:
+        chosen, reason = codec(_VECTORS), "vectors are always F32"
+    elif n_columns % chosen.block_size:
+        reason = f"{n_columns} columns are no multiple of {chosen.block_size}, the block of {asked}"
+        chosen = codec(_FALLBACK)
+    return TensorPlan(
+        name=name,
+        written_name=gguf_name(name),
+        shape=shape,
+        quant=chosen.name,
+        reason=reason,
+        n_bytes=math.prod(shape[:-1]) * chosen.row_bytes(n_columns),
+        file=0,
+        offset=0,
+        row_step=head_dim if is_rotary(name) else 1,
+        overflow=chosen.overflow,
+    )
+
+
+def _split(layout: _Layout, tensors: list[TensorPlan], max_bytes: int | None) -> list[list[TensorPlan]]:
+    """Return the tensors of each file, whole and in order, every file at most `max_bytes` long."""
+    if max_bytes is None:
+        return [tensors]
+    shards: list[list[TensorPlan]] = [[]]
+    size, too_large = len(layout.head([], 0, 2, 0)), []
+    for tensor in tensors:
+        # Its table row, its data, and the padding of both.
+        added = 24 + 8 * len(tensor.shape) + len(tensor.written_name) + padded(tensor.n_bytes) + 32
+        if shards[-1] and size + added > max_bytes:
+            shards.append([])
+            size = len(layout.head([], 1, 2, 0))
+        if size + added > max_bytes:
+            too_large.append(f"{tensor.written_name} alone needs a file of {size + added} bytes")
+        shards[-1].append(tensor)
+        size += added
+    if too_large:
+        raise PlanError(f"files of at most {max_bytes} bytes: tensors are never cut", reasons=too_large)
+    return shards
