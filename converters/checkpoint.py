@@ -14,7 +14,7 @@ import torch
 from converters.adapter import Adapter, MergedWeights, read_adapter
 from converters.hub import hub_source
 from converters.inventory import Inventory, tensor_reasons
-from converters.sources import Source, folder_source, gguf_source, is_hub_id, unknown_source
+from converters.sources import Source, file_source, folder_source, is_hub_id, unknown_source
 from converters.token_roles import EosRule
 from converters.tokenizer import CheckpointTokenizer
 from quantize.errors import CheckpointError, DscqError, UsageError
@@ -74,15 +74,13 @@ def open_checkpoint(
     for options that do not fit the source.
     """
     path = Path(source)
-    local = path.is_dir() or path.is_file()
+    local = bool(str(source)) and path.exists()
     if local and (revision is not None or low_disk):
         option = "--low-disk" if low_disk else "--revision"
         raise UsageError(f"{option} is for hub ids; {source} is on this disk")
-    if path.is_dir():
-        opened = folder_source(path, eos)
-    elif path.is_file() and path.suffix.lower() == ".gguf":
-        opened = gguf_source(path, eos)
-    elif not local and is_hub_id(str(source)):
+    if local:
+        opened = folder_source(path, eos) if path.is_dir() else file_source(path, eos)
+    elif is_hub_id(str(source)):
         opened = hub_source(str(source), revision, eos, low_disk=low_disk, quiet=quiet)
     else:
         raise unknown_source(str(source))
@@ -99,7 +97,8 @@ def _assemble(source: Source, lora: Path | None, typed: str, name: str) -> Check
     tokenizer = None
     if config is not None:
         tokenizer = trouble.attempt(lambda: source.tokenizer(config))
-        trouble.add("the tensors are not those of the model", _mismatches(config, inventory, adapter))
+        reasons = _mismatches(config, inventory, adapter)
+        trouble.add("the tensors are not those of the model", reasons, source.advice)
     trouble.raise_if_any()
     if config is None or inventory is None or tokenizer is None:
         raise AssertionError("what could not be opened has raised")
@@ -164,10 +163,10 @@ class _Trouble:
             self._errors.append(error)
             return None
 
-    def add(self, message: str, reasons: list[str]) -> None:
+    def add(self, message: str, reasons: list[str], hint: str) -> None:
         """Note reasons, if there are any."""
         if reasons:
-            self._errors.append(CheckpointError(message, reasons=reasons))
+            self._errors.append(CheckpointError(message, reasons=reasons, hint=hint))
 
     def raise_if_any(self) -> None:
         """Raise the only error as it is, or one CheckpointError with the reasons of all."""

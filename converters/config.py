@@ -83,12 +83,13 @@ def _optional(config: Mapping[str, Any], key: str, default: int) -> int:
 
 def _kind_reasons(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield what makes the model another one than the plain Llama."""
-    architectures = config.get("architectures") or [None]
-    if architectures != [ARCHITECTURE] and (architectures != [None] or config.get("model_type") != "llama"):
-        found = ", ".join(str(name) for name in architectures)
-        yield f"architectures: found {found}; supported: {ARCHITECTURE}"
-    elif config.get("model_type", "llama") != "llama":
-        yield f"model_type: found {config['model_type']!r}; supported: 'llama'"
+    architectures, model_type = config.get("architectures"), config.get("model_type")
+    if not architectures and model_type != "llama":
+        yield f"architectures: missing, and model_type is {model_type!r}; supported: ['{ARCHITECTURE}']"
+    elif architectures and architectures != [ARCHITECTURE]:
+        yield f"architectures: found {architectures}; supported: ['{ARCHITECTURE}']"
+    elif model_type not in (None, "llama"):
+        yield f"model_type: found {model_type!r}; supported: 'llama'"
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         yield f"hidden_act: found {activation!r}; supported: 'silu'"

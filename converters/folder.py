@@ -19,7 +19,7 @@ from typing import Literal
 from converters.config import read_json
 from quantize.errors import CheckpointError
 
-_NO_WEIGHTS = ("adapter_", "optimizer", "scheduler", "training_args", "rng_state", "consolidated")
+NO_WEIGHTS = ("adapter_", "optimizer", "scheduler", "training_args", "rng_state", "consolidated")
 _LISTED = 10
 
 
@@ -78,12 +78,12 @@ def shard_names(index: dict[str, object], index_name: str) -> list[str]:
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:
-    return sorted(file for file in folder.glob(pattern) if not file.name.startswith(_NO_WEIGHTS))
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith(NO_WEIGHTS))
 
 
 def explain_no_weights(folder: Path) -> CheckpointError:
     """Return the error for a folder without weights: what it is instead, and what to do."""
-    for explain in (_partitioned, _sharded_by_fsdp, _adapter, _run_with_checkpoints, _gguf):
+    for explain in (explain_partitions, _sharded_by_fsdp, _adapter, _run_with_checkpoints, _gguf):
         error = explain(folder)
         if error is not None:
             return error
@@ -94,8 +94,8 @@ def explain_no_weights(folder: Path) -> CheckpointError:
     )
 
 
-def _partitioned(folder: Path) -> CheckpointError | None:
-    """Recognise DeepSpeed's ZeRO partitions: the folder itself, or its `global_stepN`."""
+def explain_partitions(folder: Path) -> CheckpointError | None:
+    """Return the error for ZeRO partitions, whether the folder holds a `global_stepN` or is one, or None."""
     steps = sorted(folder.glob("global_step*/*_states.pt"))
     if steps:
         root, tag = folder, steps[-1].parent.name

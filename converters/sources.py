@@ -11,7 +11,8 @@ from pathlib import Path
 
 from converters.bin_shards import bin_inventory
 from converters.config import read_config, read_json
-from converters.folder import WeightFiles, explain_no_weights, find_weights
+from converters.folder import WeightFiles, explain_no_weights, explain_partitions, find_weights
+from converters.gguf_source import open_gguf
 from converters.inventory import Inventory, found_by_spec
 from converters.shards import safetensors_inventory
 from converters.token_roles import DEEPSEEK_END, EosRule
@@ -27,7 +28,10 @@ _TRAINER_FOLDER = re.compile(r"checkpoint-\d+")
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint before it is opened. `label` is what messages call it."""
+    """A checkpoint before it is opened. `label` is what messages call it.
+
+    `advice` is the hint for tensors that do not fit, if the source has one.
+    """
 
     label: str
     name: str
@@ -38,6 +42,7 @@ class Source:
     licence: str | None = None
     travelling: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    advice: str = ""
 
 
 def is_hub_id(text: str) -> bool:
@@ -57,6 +62,7 @@ def folder_source(folder: Path, eos: EosRule) -> Source:
     homes = (resolved, resolved.parent) if _TRAINER_FOLDER.fullmatch(resolved.name) else (resolved,)
     tokenizer_home = next((home for home in homes if (home / "tokenizer.json").is_file()), resolved)
     travelling = next((files for home in homes if (files := travelling_files(home))), ())
+    partitioned = explain_partitions(folder)
     notes = [] if tokenizer_home == resolved else [f"tokenizer taken from {tokenizer_home}"]
     return Source(
         label=str(folder),
@@ -67,6 +73,7 @@ def folder_source(folder: Path, eos: EosRule) -> Source:
         licence=licence_name(travelling),
         travelling=travelling,
         notes=tuple(notes),
+        advice=partitioned.hint if partitioned is not None else "",
     )
 
 
@@ -82,10 +89,10 @@ def _has_weights(folder: Path) -> bool:
     return any(folder.glob("model*.safetensors*")) or any(folder.glob("pytorch_model*.bin*"))
 
 
-def gguf_source(path: Path, eos: EosRule) -> Source:
+def file_source(path: Path, eos: EosRule) -> Source:
     """Return a GGUF file with F32, F16 or BF16 tensors as a source; raises CheckpointError."""
-    from converters.gguf_source import open_gguf
-
+    if path.suffix.lower() != ".gguf":
+        raise CheckpointError(f"{path}: a file, but no .gguf; of a checkpoint give the folder: {path.parent}")
     file = open_gguf(path)
     specs = file.weights.specs()
     found = {name: found_by_spec(spec) for name, spec in specs.items()}
