@@ -65,7 +65,7 @@ def awkward_hessian() -> torch.Tensor:
     """Inputs of 64 strong directions over 512 channels, of which 74 are dead: the strongest compensation."""
     mix = torch.randn(64, K, generator=generator(2)) * torch.exp(torch.randn(1, K, generator=generator(3)))
     inputs = torch.randn(2048, 64, generator=generator(4)) @ mix + 0.1 * torch.randn(
-        4096, K, generator=generator(5)
+        2048, K, generator=generator(5)
     )
     inputs[:, 300:310] = 0
     inputs[:, 416:480] = 0
