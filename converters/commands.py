@@ -1,0 +1,167 @@
+"""What each command does, from the user's choices to the last line of output.
+
+The choices are the options of `converters.cli` word for word. Everything heavy is imported inside the commands, so
+that `--help` stays quick.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from converters.terminal import Terminal
+
+if TYPE_CHECKING:
+    from converters.checkpoint import Checkpoint
+    from converters.plan import ConvertOptions, Plan, Written
+
+
+@dataclass(frozen=True)
+class ConvertChoices:
+    """The options of `dscq convert`."""
+
+    source: str
+    targets: tuple[str, ...]
+    output: Path
+    name: str | None
+    split_max_size: int | None
+    dry_run: bool
+    force: bool
+    no_proof: bool
+    revision: str | None
+    lora: Path | None
+    low_disk: bool
+    eos: Literal["model", "completion"]
+    require_proof: bool
+    probe_tokens: int
+    llama_lib: Path | None
+    device: str
+    threads: int | None
+
+
+def convert(terminal: Terminal, choices: ConvertChoices) -> None:
+    """Open, plan, write, prove; or, with `--dry-run`, open and plan."""
+    from converters.pipeline import plan_exports
+    from converters.plan import ConvertOptions
+    from converters.targets import parse_request
+
+    requests = [parse_request(text) for text in choices.targets]
+    checkpoint = _open(terminal, choices)
+    options = ConvertOptions(
+        folder=choices.output,
+        force=choices.force,
+        split_max_bytes=choices.split_max_size,
+        n_threads=choices.threads or available_cores(),
+        hash_tensors=not choices.no_proof,
+    )
+    plans = plan_exports(checkpoint, requests, options)
+    for plan in plans:
+        _say_plan(terminal, plan)
+    if choices.dry_run:
+        _show_dry_run(terminal, plans, choices.output)
+        return
+    written = _write(terminal, checkpoint, plans, options)
+    if choices.no_proof:
+        terminal.document({"files": [_files(one) for one in written], "proof": "skipped by --no-proof"})
+
+
+def available_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _open(terminal: Terminal, choices: ConvertChoices) -> "Checkpoint":
+    from converters.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(
+        choices.source,
+        revision=choices.revision,
+        lora=choices.lora,
+        low_disk=choices.low_disk,
+        eos=choices.eos,
+        name=choices.name,
+        quiet=terminal.quiet,
+    )
+    for note in checkpoint.notes:
+        terminal.say(f"note: {note}")
+    return checkpoint
+
+
+def _say_plan(terminal: Terminal, plan: "Plan") -> None:
+    """State sizes, and every tensor that does not get the type asked for."""
+    terminal.say(
+        f"{plan.request}: {len(plan.tensors)} tensors, {plan.n_bytes:,} bytes in {len(plan.files)} file(s)"
+    )
+    for tensor in plan.fallbacks:
+        terminal.say(f"{plan.request}: {tensor.written_name} becomes {tensor.quant}: {tensor.reason}")
+
+
+def _show_dry_run(terminal: Terminal, plans: Sequence["Plan"], folder: Path) -> None:
+    for plan in plans:
+        rows = [
+            (t.written_name, str(list(t.shape)), t.quant, f"{t.n_bytes:,}", plan.files[t.file].name, t.reason)
+            for t in plan.tensors
+        ]
+        columns = ["tensor", "shape", "type", ">bytes", "file", "why"]
+        terminal.table(f"{plan.request}: {plan.n_bytes:,} bytes", columns, rows)
+    total = sum(plan.n_bytes for plan in plans)
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    terminal.result(f"needs {total:,} bytes in {folder}, {free:,} are free; nothing was written")
+    terminal.document({"plans": [_plan_document(plan) for plan in plans], "needed": total, "free": free})
+
+
+def _plan_document(plan: "Plan") -> dict[str, Any]:
+    tensors = [
+        {
+            "name": t.written_name,
+            "source": t.name,
+            "shape": t.shape,
+            "type": t.quant,
+            "bytes": t.n_bytes,
+            "why": t.reason,
+        }
+        for t in plan.tensors
+    ]
+    files = [{"name": file.name, "bytes": file.n_bytes} for file in plan.files]
+    return {"request": str(plan.request), "files": files, "bytes": plan.n_bytes, "tensors": tensors}
+
+
+def _write(
+    terminal: Terminal, checkpoint: "Checkpoint", plans: Sequence["Plan"], options: "ConvertOptions"
+) -> "list[Written]":
+    from converters.pipeline import convert as write
+
+    n_bytes = sum(spec.n_bytes for spec in checkpoint.weights.specs().values())
+    with terminal.stage("convert", n_bytes) as advance:
+        written = write(
+            checkpoint,
+            [plan.request for plan in plans],
+            options,
+            lambda done: advance(done.n_source_bytes, done.name),
+        )
+    for path in (path for one in written for path in one.paths):
+        terminal.result(f"wrote {path} ({path.stat().st_size:,} bytes)")
+    return written
+
+
+def _files(written: "Written") -> list[str]:
+    return [str(path) for path in written.paths]
+
+
+def inspect(terminal: Terminal, path: Path, *, list_tensors: bool) -> None:
+    """Describe a GGUF or a checkpoint folder; what is wrong with it comes last."""
+    from converters.inspect import inspect_path
+
+    found = inspect_path(path)
+    terminal.table(f"{found.kind} {found.path}", ["", ""], [list(fact) for fact in found.facts.items()])
+    types = [(quant, str(count), f"{n_bytes:,}") for quant, count, n_bytes in found.by_type()]
+    terminal.table("", ["type", ">tensors", ">bytes"], types)
+    if list_tensors:
+        rows = [(row.name, str(list(row.shape)), row.quant, f"{row.n_bytes:,}") for row in found.tensors]
+        terminal.table("", ["tensor", "shape", "type", ">bytes"], rows)
+    for finding in found.findings:
+        terminal.result(f"finding: {finding}")
+    terminal.document(found.document())

@@ -1,0 +1,73 @@
+"""What is wrong with a DeepSeek Coder GGUF, told from its metadata alone.
+
+Many files of this family are in circulation that load without a word and answer badly: made before llama.cpp
+knew the pre-tokenizer, or by a converter that lost the RoPE factor or the BOS rule. Each fault has a
+sentence that says what it does to the output. All of them are mended by a new conversion.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from converters.vocabulary import TokenType, Vocabulary
+from quantize.llama import LlamaConfig
+
+PRE = "deepseek-coder"
+THETA, FACTOR = 100000.0, 4.0
+MARKER = "<｜fim▁hole｜>"
+END_OF_TURN = "<|EOT|>"
+CONTROLS = (
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜fim▁begin｜>",
+    MARKER,
+    "<｜fim▁end｜>",
+    END_OF_TURN,
+)
+
+
+def gguf_findings(
+    config: LlamaConfig, vocabulary: Vocabulary, metadata: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Return a sentence for every fault of a DeepSeek Coder file; none for another family's."""
+    if MARKER not in vocabulary.tokens:
+        return ()
+    rope = _rope_faults(config) if config.context_length > 4096 else ()
+    return (*rope, *_vocabulary_faults(vocabulary), *_missing_keys(metadata))
+
+
+def _rope_faults(config: LlamaConfig) -> Iterator[str]:
+    if config.rope_factor == 1:
+        yield "RoPE scaling factor is 1: without the factor 4 of the family every position is four times too far"
+    elif config.rope_factor != FACTOR:
+        yield f"RoPE scaling factor is {config.rope_factor:g}, the family's is {FACTOR:g}"
+    if config.rope_theta != THETA:
+        yield f"RoPE base is {config.rope_theta:g}, the family's is {THETA:g}: attention sees wrong distances"
+
+
+def _vocabulary_faults(vocabulary: Vocabulary) -> Iterator[str]:
+    if vocabulary.pre != PRE:
+        yield f"tokenizer.ggml.pre is {vocabulary.pre!r}, not {PRE!r}: text is split otherwise than in training"
+    if not vocabulary.add_bos:
+        yield "add_bos_token is false: the model expects BOS before every prompt"
+    kinds = dict(zip(vocabulary.tokens, vocabulary.token_types, strict=True))
+    if loose := [token for token in CONTROLS if kinds.get(token, TokenType.CONTROL) is not TokenType.CONTROL]:
+        yield f"not typed CONTROL, so they are printed or not recognised in prompts: {' '.join(loose)}"
+    if kinds.get("ü") is TokenType.NORMAL:
+        yield "the letters that spell bytes (ü, õ, ...) are typed NORMAL: text with them gets other ids"
+    if _stops_early(vocabulary):
+        yield f"EOS is the end of sentence although a chat template closes turns with {END_OF_TURN}: chat may not stop"
+
+
+def _stops_early(vocabulary: Vocabulary) -> bool:
+    turn = vocabulary.chat_template is not None and END_OF_TURN in vocabulary.chat_template
+    return turn and vocabulary.eos_id is not None and vocabulary.tokens[vocabulary.eos_id] != END_OF_TURN
+
+
+def _missing_keys(metadata: Mapping[str, Any]) -> Iterator[str]:
+    roles = [role for role in ("pre", "suf", "mid") if f"tokenizer.ggml.fim_{role}_token_id" not in metadata]
+    if roles:
+        yield (
+            "fill-in-the-middle ids are not written ("
+            + ", ".join(roles)
+            + "): runtimes have to guess them by text"
+        )
