@@ -27,7 +27,7 @@ EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 Command = Callable[..., None]
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """A number of bytes: 4000000000, 4G (10^9), 4GiB (2^30)."""
 
     name = "size"
@@ -67,7 +67,7 @@ SOURCE_OPTIONS = options(
         type=click.Choice(["model", "completion"]),
         default="model",
         show_default=True,
-        help="Stop at the model's own EOS, or, for code completion with an instruct model, at end of sentence.",
+        help="Stop at the model's own EOS; or at end of sentence: completing code with an instruct model.",
     ),
 )
 PROOF_OPTIONS = options(

@@ -1,7 +1,7 @@
 """What each command does, from the user's choices to the last line of output.
 
-The choices are the options of `converters.cli` word for word. Everything heavy is imported inside the commands, so
-that `--help` stays quick.
+The choices are the options of `converters.cli` word for word. Everything heavy is imported inside the
+commands, so that `--help` stays quick.
 """
 
 import os

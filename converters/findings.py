@@ -37,7 +37,7 @@ def gguf_findings(
 
 def _rope_faults(config: LlamaConfig) -> Iterator[str]:
     if config.rope_factor == 1:
-        yield "RoPE scaling factor is 1: without the factor 4 of the family every position is four times too far"
+        yield "RoPE scaling factor is 1, the family's is 4: every position is four times too far"
     elif config.rope_factor != FACTOR:
         yield f"RoPE scaling factor is {config.rope_factor:g}, the family's is {FACTOR:g}"
     if config.rope_theta != THETA:
@@ -46,7 +46,7 @@ def _rope_faults(config: LlamaConfig) -> Iterator[str]:
 
 def _vocabulary_faults(vocabulary: Vocabulary) -> Iterator[str]:
     if vocabulary.pre != PRE:
-        yield f"tokenizer.ggml.pre is {vocabulary.pre!r}, not {PRE!r}: text is split otherwise than in training"
+        yield f"tokenizer.ggml.pre is {vocabulary.pre!r}, not {PRE!r}: text is split in a way it never saw"
     if not vocabulary.add_bos:
         yield "add_bos_token is false: the model expects BOS before every prompt"
     kinds = dict(zip(vocabulary.tokens, vocabulary.token_types, strict=True))
@@ -55,7 +55,7 @@ def _vocabulary_faults(vocabulary: Vocabulary) -> Iterator[str]:
     if kinds.get("ü") is TokenType.NORMAL:
         yield "the letters that spell bytes (ü, õ, ...) are typed NORMAL: text with them gets other ids"
     if _stops_early(vocabulary):
-        yield f"EOS is the end of sentence although a chat template closes turns with {END_OF_TURN}: chat may not stop"
+        yield f"EOS is not {END_OF_TURN}, with which the chat template closes turns: chat may not stop"
 
 
 def _stops_early(vocabulary: Vocabulary) -> bool:

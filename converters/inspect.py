@@ -89,9 +89,10 @@ def _inspect_gguf(file: GgufFile) -> Inspection:
 def model_facts(config: LlamaConfig) -> dict[str, str]:
     """Return the model's figures as label -> text."""
     heads = f"{config.n_heads} heads of {config.head_dim}, {config.n_kv_heads} KV heads"
+    widths = f"{config.hidden_size} wide, MLP {config.intermediate_size}"
     return {
         "parameters": f"{config.n_parameters:,}",
-        "shape": f"{config.n_layers} layers, hidden {config.hidden_size}, MLP {config.intermediate_size}, {heads}",
+        "shape": f"{config.n_layers} layers, {widths}, {heads}",
         "context": f"{config.context_length} tokens",
         "RoPE": f"theta {config.rope_theta:g}, linear scaling factor {config.rope_factor:g}",
         "head": "tied to the embedding" if config.tied_head else "its own matrix",
@@ -108,7 +109,8 @@ def vocabulary_facts(vocabulary: Vocabulary) -> dict[str, str]:
 
     fim = (vocabulary.fim_prefix, vocabulary.fim_suffix, vocabulary.fim_middle)
     return {
-        "vocabulary": f"{n_rows} rows, {n_rows - unused} tokens, {len(vocabulary.merges)} merges, pre {vocabulary.pre}",
+        "vocabulary": f"{n_rows} rows, {n_rows - unused} tokens, {len(vocabulary.merges)} merges",
+        "pre-tokenizer": vocabulary.pre,
         "BOS": f"{token(vocabulary.bos_id)}, {'added' if vocabulary.add_bos else 'not added'}",
         "EOS": token(vocabulary.eos_id),
         "FIM": "none" if None in fim else "prefix {}, suffix {}, middle {}".format(*fim),

@@ -47,7 +47,7 @@ def random_tensors(config: LlamaConfig, dtype: torch.dtype, seed: int) -> dict[s
 
 
 def _config(vocab_size: int, overrides: dict[str, Any]) -> dict[str, Any]:
-    demo = json.loads((DEMO / "config.json").read_text("utf-8"))
+    demo: dict[str, Any] = json.loads((DEMO / "config.json").read_text("utf-8"))
     small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": vocab_size}
     demo.pop("head_dim", None)
