@@ -74,7 +74,7 @@ def probe_rows(
     """
     if min(n_tokens, context_length) < SMALLEST:
         raise UsageError(
-            f"a probe of {n_tokens} tokens in a context of {context_length} is too small: both take {SMALLEST}"
+            f"{n_tokens} tokens in a context of {context_length} are too few: {SMALLEST} of both at least"
         )
     shortfalls = [_shortfall(n_tokens, context_length)]
     first = [] if shortfalls[0] else [_row(tokenizer, _LONG, LONG_ROW)]

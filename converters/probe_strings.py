@@ -29,8 +29,13 @@ BYTE_LETTERS: Final = "õ÷ÁýÀÿøúþüùöû"
 WHITE_SPACE: Final = (
     " \t\n\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2000\u2003\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
 )
-INVISIBLE: Final = "\xad\u034f\u061c\u115f\u180e\u200b\u200c\u200d\u200e\u200f\u202e\u2060\u2066\ufe0f\ufeff\ufffd\ufffe\uffff"
-EMOJI: Final = ("🙂", "👍🏽", "👩‍💻", "🏳️‍🌈", "🇩🇪", "❤️", "☃", "1️⃣", "🧑🏿‍🚀", "™", "©", "⌨️")
+INVISIBLE: Final = (
+    "\xad\u034f\u061c\u115f\u180e\u200b\u200c\u200d\u200e\u200f\u202e\u2060\ufe0f\ufeff\ufffd\uffff"
+)
+EMOJI: Final = (
+    *("🙂", "👍🏽", "👩\u200d💻", "🏳\ufe0f\u200d🌈", "🇩🇪", "❤\ufe0f", "☃", "1\ufe0f\u20e3"),
+    *("🧑🏿\u200d🚀", "™", "©", "⌨\ufe0f"),
+)
 PUNCTUATION: Final = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~¡§«»¿‐–—‘’“”…‰′※€、。《》「」！，．：；？～｜"
 NUMBERS: Final = "0123456789²³¹¼½¾٠١٢३४五六Ⅷⅷ①⑳㉈〇𝟘𝟗𐄇߀"
 WORDS: Final = (
@@ -67,7 +72,7 @@ WORDS: Final = (
 )
 CODE: Final = (
     "def f(x: int = 3) -> list[int]:\n    return [i ** 2 for i in range(x) if i % 2 == 0]\n",
-    '#include <stdio.h>\nint main(void) {\n\tfor (size_t i = 0; i < 10; ++i) printf("%zu\\n", i);\n\treturn 0;\n}\n',
+    '#include <math.h>\nint main(void) {\n\tfor (int i = 0; i < 9; i++) puts("%d\\n");\n\treturn 0;\n}\n',
     "template <typename T> auto max(const T& a, const T& b) { return a < b ? b : a; } // C++\n",
     'package main\n\nimport "fmt"\n\nfunc main() {\n\tch := make(chan int, 1)\n\tfmt.Println(<-ch)\n}\n',
     "fn parse(s: &str) -> Result<u32, ParseIntError> { s.trim().parse::<u32>() }\r\n",
@@ -77,7 +82,7 @@ CODE: Final = (
     "SELECT u.id, COUNT(*) AS n FROM users u LEFT JOIN orders o ON o.uid = u.id GROUP BY 1 HAVING n >= 2;\n",
     "<div class=\"a b\" data-x='1'><p>&nbsp;&amp; text</p><!-- c --></div>\n",
     "module Main where\nmain :: IO ()\nmain = mapM_ print $ takeWhile (<100) [x^2 | x <- [1..]]\n",
-    "body { margin: 0 auto; color: #ff00ff; } @media (max-width: 600px) { a::after { content: '\\201C'; } }\n",
+    "body { margin: 0 auto; color: #ff00ff; } @media (width < 600px) { a::after { content: '\\201C'; } }\n",
 )
 
 

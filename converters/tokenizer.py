@@ -40,6 +40,7 @@ def _byte_spelling() -> dict[str, int]:
 
 
 BYTE_OF_CHARACTER: Final = _byte_spelling()
+_NEVER_IN_UTF8: Final = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,20 @@ class CheckpointTokenizer:
         """SHA-256 of everything in the vocabulary, for reports: equal exactly when all fields are equal."""
         content = json.dumps(asdict(self.vocabulary), ensure_ascii=True, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
+
+    @cached_property
+    def missing_bytes(self) -> frozenset[int]:
+        """Bytes of UTF-8 text that have no token, as in vocabularies cut down to the bytes of their corpus.
+
+        `tokenizers` puts the unknown token there (or nothing), llama.cpp nothing: ids differ on such text.
+        """
+        rows = zip(self.vocabulary.tokens, self.vocabulary.token_types, strict=True)
+        spelt = {BYTE_OF_CHARACTER.get(text) for text, kind in rows if kind is TokenType.NORMAL}
+        return frozenset(range(256)) - _NEVER_IN_UTF8 - spelt
+
+    def can_spell(self, text: str) -> bool:
+        """Whether every byte of `text` has a token: False where `missing_bytes` are needed."""
+        return self.missing_bytes.isdisjoint(text.encode("utf-8"))
 
     @cached_property
     def running(self) -> Tokenizer:
