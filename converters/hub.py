@@ -1,9 +1,9 @@
 """A model on the hub, by its id: which files are wanted, at which commit, and what can go wrong.
 
-A branch or tag moves, so the revision is resolved to its commit first, and everything after that names the
-commit. Only the files of a checkpoint are fetched, into huggingface_hub's own cache: a download that was
-broken off goes on where it stopped, and a second run fetches nothing. Tokens, mirrors and offline mode are
-huggingface_hub's (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
+A branch or tag moves, so its commit is what provenance names. Only the files of a checkpoint are fetched,
+into huggingface_hub's own cache: a download that was broken off goes on where it stopped, and a second run
+fetches nothing. Tokens, mirrors and offline mode are huggingface_hub's (HF_TOKEN, HF_ENDPOINT,
+HF_HUB_OFFLINE).
 """
 
 import errno
@@ -68,8 +68,10 @@ def hub_source(repo: str, revision: str | None, eos: EosRule, *, low_disk: bool,
         shards = _shards(listing)
         wanted = small if low_disk else [*small, *shards]
         _check_room(listing, wanted)
-        folder = Path(snapshot_download(repo, revision=listing.commit, allow_patterns=wanted))
-    source = _named(folder_source(folder, eos), repo, listing.commit)
+        # By the user's name of it, so that the cache finds it by that name when there is no connection.
+        asked = listing.commit if low_disk else revision
+        folder = Path(snapshot_download(repo, revision=asked, allow_patterns=wanted))
+    source = _snapshot(folder, repo, eos)
     if not low_disk:
         return source
     remote = RemoteFiles(repo, listing.commit, tuple(shards))
@@ -131,9 +133,9 @@ def is_cached(repo: str, name: str, commit: str) -> bool:
     return isinstance(try_to_load_from_cache(repo, name, revision=commit), str)
 
 
-def _named(source: Source, repo: str, commit: str) -> Source:
-    """Return the source of a snapshot's folder under the model's own name."""
-    return replace(source, label=repo, name=repo.split("/")[-1], revision=commit)
+def _snapshot(folder: Path, repo: str, eos: EosRule) -> Source:
+    """Return a snapshot's folder, which is named after its commit, as a source with the model's own name."""
+    return replace(folder_source(folder, eos), label=repo, name=repo.split("/")[-1], revision=folder.name)
 
 
 def _from_cache(
@@ -144,7 +146,7 @@ def _from_cache(
     if low_disk or not isinstance(config, str):
         raise error
     folder = Path(config).parent
-    source = _named(folder_source(folder, eos), repo, folder.name)
+    source = _snapshot(folder, repo, eos)
     return replace(source, notes=(*source.notes, f"the hub was not reached; using the cached {folder.name}"))
 
 
