@@ -48,13 +48,16 @@ class Listing:
     files: Mapping[str, int | None]
 
 
-def hub_source(repo: str, revision: str | None, eos: EosRule, *, low_disk: bool, quiet: bool) -> Source:
+def hub_source(
+    repo: str, revision: str | None, eos: EosRule, *, low_disk: bool, headers_only: bool, quiet: bool
+) -> Source:
     """Return a model of the hub as a source, after fetching its files.
 
     With `low_disk` only the small files are fetched now; the headers of the shards are read by range
-    requests, and each shard comes when a tensor of it is loaded. Without a connection a complete copy in
-    the cache will do, and a note says so. Raises CheckpointError with what to do about it for a model or
-    revision that does not exist, a gated model, a full disk, no connection.
+    requests, and each shard comes when a tensor of it is loaded. `headers_only` does the same for whoever
+    will load nothing, but fetches `.bin` shards, whose headers cannot be read from afar. Without a
+    connection a complete copy in the cache will do, and a note says so. Raises CheckpointError with what
+    to do about it for a model or revision that does not exist, a gated model, a full disk, no connection.
     """
     if quiet:
         disable_progress_bars()
@@ -66,13 +69,14 @@ def hub_source(repo: str, revision: str | None, eos: EosRule, *, low_disk: bool,
     with hub_errors(repo, revision):
         small = [name for name in listing.files if _SMALL.fullmatch(name)]
         shards = _shards(listing)
-        wanted = small if low_disk else [*small, *shards]
+        from_afar = low_disk or (headers_only and all(".safetensors" in name for name in shards))
+        wanted = small if from_afar else [*small, *shards]
         _check_room(listing, wanted)
         # By the user's name of it, so that the cache finds it by that name when there is no connection.
-        asked = listing.commit if low_disk else revision
+        asked = listing.commit if from_afar else revision
         folder = Path(snapshot_download(repo, revision=asked, allow_patterns=wanted))
     source = _snapshot(folder, repo, eos)
-    if not low_disk:
+    if not from_afar:
         return source
     remote = RemoteFiles(repo, listing.commit, tuple(shards))
     return replace(source, inventory=lambda: remote_inventory(remote, lambda: hub_errors(repo, revision)))

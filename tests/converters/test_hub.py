@@ -289,6 +289,7 @@ def test_a_model_with_bin_shards_only(fake: FakeHub) -> None:
     checkpoint = open_checkpoint(REPO, quiet=True)
     assert all(torch.equal(checkpoint.weights.load(n), t) for n, t in tensors.items())
     assert "needs safetensors" in refusal(low_disk=True).message
+    assert open_checkpoint(REPO, headers_only=True, quiet=True).weights.specs().keys() == tensors.keys()
 
 
 def test_a_model_in_one_file(fake: FakeHub) -> None:
@@ -329,6 +330,12 @@ def test_low_disk_fetches_headers_first_and_every_shard_once(fake: FakeHub, tmp_
     fetched = [name for name in fake.downloads if name.startswith("model-")]
     assert fetched == sorted(set(fetched))
     assert len(fetched) == 3
+
+
+def test_who_wants_headers_only_fetches_no_shard(fake: FakeHub) -> None:
+    checkpoint = open_checkpoint(REPO, headers_only=True, quiet=True)
+    assert set(checkpoint.weights.specs()) == set(checkpoint.config.tensor_shapes())
+    assert not any(name.startswith("model-") for name in fake.downloads)
 
 
 def test_low_disk_lists_tensors_shard_by_shard(fake: FakeHub) -> None:
