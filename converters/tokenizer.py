@@ -124,8 +124,10 @@ def read_tokenizer(folder: Path, n_rows: int, *, eos: EosRule = "model") -> Chec
     """
     files = read_files(folder)
     refuse_damaged(files, folder)
+    # The library aborts the process on some of what is refused here, so this comes before it.
     model = bpe_model(files.tokenizer, folder)
-    added = {token["content"]: token for token in files.tokenizer.get("added_tokens", ())}
+    _load(files.tokenizer_json)  # what the library takes has the form that is relied on from here on
+    added = {token["content"]: token for token in files.tokenizer.get("added_tokens") or ()}
     pre = recognise(files.tokenizer.get("pre_tokenizer"), added)
     ids = dict(model["vocab"]) | {content: token["id"] for content, token in added.items()}
     roles = find_roles(files, ids, pre, eos)
