@@ -197,9 +197,10 @@ def _template_tokens(files: TokenizerFiles, reasons: list[str]) -> tuple[str, st
     opening, closing = "", ""
     for processor in _processors(files.tokenizer.get("post_processor")):
         if processor.get("type") == "TemplateProcessing":
+            # The text itself is the part without a token: "".
             parts = [part.get("SpecialToken", {}).get("id", "") for part in processor.get("single", ())]
             opening, closing = parts[0], parts[-1]
-            if len(parts) > 3 or "" not in parts:
+            if parts not in ([""], [opening, ""], ["", closing], [opening, "", closing]):
                 reasons.append("tokenizer.json's template adds more than one token before or after a text")
         elif processor.get("type") != "ByteLevel":
             reasons.append(f"tokenizer.json's post-processor {processor.get('type')} is not supported")

@@ -209,6 +209,17 @@ def test_other_families_follow_their_template(make_folder: MakeFolder) -> None:
     assert (v.add_bos, v.add_eos, v.bos_id) == (True, False, 2213)
 
 
+def test_a_template_with_two_tokens_in_front_is_refused(make_folder: MakeFolder) -> None:
+    def doubled(content: dict[str, Any]) -> None:
+        _with_template(content)
+        single = content["post_processor"]["processors"][1]["single"]
+        single.insert(0, single[0])
+
+    folder = make_folder(tokenizer=doubled, tokenizer_config=_of_another_class)
+    with pytest.raises(TokenizerError, match="more than one token before"):
+        read_tokenizer(folder, ROWS)
+
+
 def test_other_families_without_a_template_add_nothing(make_folder: MakeFolder) -> None:
     folder = make_folder(tokenizer=_without_family, tokenizer_config=_of_another_class)
     assert not read_tokenizer(folder, ROWS).vocabulary.add_bos
