@@ -198,7 +198,9 @@ def _template_tokens(files: TokenizerFiles, reasons: list[str]) -> tuple[str, st
     for processor in _processors(files.tokenizer.get("post_processor")):
         if processor.get("type") == "TemplateProcessing":
             # The text itself is the part without a token: "".
-            parts = [part.get("SpecialToken", {}).get("id", "") for part in processor.get("single", ())]
+            parts = [part.get("SpecialToken", {}).get("id", "") for part in processor.get("single", ())] or [
+                ""
+            ]
             opening, closing = parts[0], parts[-1]
             if parts not in ([""], [opening, ""], ["", closing], [opening, "", closing]):
                 reasons.append("tokenizer.json's template adds more than one token before or after a text")
