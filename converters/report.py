@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from converters.proof.record import Check, Figure, Proof, TensorFigures
 
 SCHEMA = 1
 SUFFIX = ".report.json"
+_SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 def report_path(first_file: Path) -> Path:
-    """Return where the report of an export lies: beside its first file."""
-    return first_file.with_name(first_file.name.removesuffix(".gguf") + SUFFIX)
+    """Return where the report of an export lies: beside its first file, without the number of a shard."""
+    stem = _SHARD_NUMBER.sub("", first_file.name.removesuffix(".gguf"))
+    return first_file.with_name(stem + SUFFIX)
 
 
 def build_report(

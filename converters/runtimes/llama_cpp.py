@@ -37,7 +37,7 @@ PACKAGE = "xllamacpp"
 N_BATCH = 512
 _WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 _LAST_LINES = 6
-_TELLING = ("error", "fail", "assert", "invalid", "unknown", "abort")
+_TELLING = ("error", "fail", "assert", "invalid", "corrupt")
 
 Logits = npt.NDArray[np.float32]
 

@@ -152,7 +152,9 @@ def test_lost_rope_factor_is_found(checkpoint: Checkpoint, write: Write) -> None
     assert checkpoint.config.rope_factor == 4
     lost: LlamaConfig = replace(checkpoint.config, rope_factor=1.0)
     proof = verify(write(replace(checkpoint, config=lost)), checkpoint, SHORT)
-    assert {"metadata: rope_factor", "runtime: rope scale", "forward: mean KL checkpoint -> file"} <= failed(proof)
+    assert {"metadata: rope_factor", "runtime: rope scale", "forward: mean KL checkpoint -> file"} <= failed(
+        proof
+    )
     assert "runtime: mean KL checkpoint -> runtime" in failed(proof)
     assert "runtime: mean KL file -> runtime" not in failed(proof)
 
