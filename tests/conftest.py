@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from converters.cli import main
 from converters.config import read_config
 from quantize.llama import LlamaConfig
 
@@ -19,6 +22,7 @@ DEMO = ROOT / "scripts" / "demo-coder"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 MakeCheckpoint = Callable[..., Path]
+Run = Callable[..., "Done"]
 
 
 @pytest.fixture(scope="session")
@@ -83,3 +87,28 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
         return folder
 
     return make
+
+
+class Done:
+    """What a run of `dscq` left: exit code and both streams."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a runner of `dscq` with arguments, in this process."""
+
+    def call(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["dscq", *map(str, arguments)])
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as end:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        streams = capsys.readouterr()
+        return Done(int(end.value.code or 0), streams.out, streams.err)
+
+    return call
