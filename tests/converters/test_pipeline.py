@@ -247,6 +247,18 @@ def test_all_reasons_against_all_requests_come_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_are_not_those_of_the_config_are_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    tensors = _in_memory(checkpoint)
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.self_attn.v_proj.weight"] = torch.zeros(64, 64)
+    with pytest.raises(PlanError) as caught:
+        _run(replace(checkpoint, weights=TensorWeights(tensors)), tmp_path)
+    assert caught.value.reasons == (
+        "tensor model.layers.0.self_attn.v_proj.weight is [64, 64], expected [32, 64]",
+        "tensor model.norm.weight is missing",
+    )
+
+
 # --- the destination
 
 
