@@ -21,6 +21,9 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "scripts" / "demo-coder"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
+# On cores that something else uses too, two threads of OpenMP wait for each other longer than one works.
+torch.set_num_threads(1)
+
 MakeCheckpoint = Callable[..., Path]
 Run = Callable[..., "Done"]
 
