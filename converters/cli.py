@@ -8,6 +8,7 @@ Nothing heavy is imported before a command runs, so `dscq --help` and shell comp
 import signal
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -45,6 +46,14 @@ class Size(click.ParamType[int]):
         return size
 
 
+def known_targets(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Return every `FORMAT:QUANT` that begins with what was typed, in any case."""
+    from converters.targets import TARGETS
+
+    names = [f"{name}:{quant}" for name, target in TARGETS.items() for quant in target.quants]
+    return [name for name in names if name.lower().startswith(incomplete.lower())]
+
+
 def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Return one decorator that applies several."""
 
@@ -75,17 +84,10 @@ PROOF_OPTIONS = options(
     click.option(
         "--probe-tokens",
         type=click.IntRange(min=64),
-        default=6000,
-        show_default=True,
-        help="Size of the probe text.",
+        help="Size of the probe text; default: about 6000, one row of which passes position 4096.",
     ),
     click.option("--llama-lib", type=EXISTING_FILE, help="Another libllama than the wheel's."),
-    click.option(
-        "--device",
-        default="cpu",
-        show_default=True,
-        help="Where the reference forward runs: cpu, cuda, cuda:1.",
-    ),
+    click.option("--device", help="Where the reference forward runs: cpu (the default), cuda, cuda:1."),
 )
 OUTPUT_OPTIONS = options(
     click.option("--threads", type=click.IntRange(min=1), help="Worker threads; default: the cores at hand."),
@@ -107,9 +109,15 @@ def dscq() -> None:
 
 
 @dscq.command()
-@click.argument("source")
+@click.argument("source", type=click.Path())
 @click.option(
-    "--to", "targets", multiple=True, required=True, metavar="FORMAT:QUANT", help="Repeatable: gguf:F16."
+    "--to",
+    "targets",
+    multiple=True,
+    required=True,
+    metavar="FORMAT:QUANT",
+    help="Repeatable: gguf:F16.",
+    shell_complete=known_targets,
 )
 @click.option("--output", "-o", type=click.Path(path_type=Path), default=Path("out"), show_default=True)
 @click.option("--name", help="Name of the model in file names and metadata.")
@@ -134,7 +142,13 @@ def convert(quiet: bool, as_json: bool, **chosen: Any) -> None:
 
 @dscq.command()
 @click.argument("file", type=EXISTING_FILE)
-@click.option("--reference", required=True, metavar="SOURCE", help="The checkpoint that FILE was made from.")
+@click.option(
+    "--reference",
+    required=True,
+    type=click.Path(),
+    metavar="SOURCE",
+    help="The checkpoint that FILE was made from.",
+)
 @click.option(
     "--report", type=click.Path(path_type=Path), help="Where to write the report; default: beside FILE."
 )
@@ -191,6 +205,9 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
 def main() -> NoReturn:
     """Run the command line and exit with dscq's exit codes."""
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):  # a log in ASCII must not stop at the family's token names
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     terminal = Terminal()
     try:
         dscq.main(standalone_mode=False)
@@ -200,13 +217,16 @@ def main() -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        terminal.say("interrupted: nothing unfinished is left behind")
+        terminal.say("interrupted: no unfinished file stands under its name")
         sys.exit(INTERRUPTED)
     except DscqError as error:
         terminal.error(error)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:  # what no module has a better word for: a disk or a folder that went away
+        terminal.error(DscqError(str(error)))
+        sys.exit(DscqError.exit_code)
     sys.exit(0)
 
 

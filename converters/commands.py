@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from converters.terminal import Terminal
+from quantize.errors import UsageError
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
@@ -27,9 +28,9 @@ class SourceChoices:
     low_disk: bool
     eos: Literal["model", "completion"]
     require_proof: bool
-    probe_tokens: int
+    probe_tokens: int | None
     llama_lib: Path | None
-    device: str
+    device: str | None
     threads: int | None
 
     @property
@@ -67,6 +68,7 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     from converters.plan import ConvertOptions
     from converters.targets import parse_request
 
+    _refuse_contradictions(choices)
     requests = [parse_request(text) for text in choices.targets]
     checkpoint = _open(terminal, choices, choices.source, choices.name, headers_only=choices.dry_run)
     options = ConvertOptions(
@@ -82,22 +84,37 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     if choices.dry_run:
         _show_dry_run(terminal, plans, choices.output)
         return
-    written = _write(terminal, checkpoint, plans, options)
     if choices.no_proof:
+        written = _write(terminal, checkpoint, plans, options)
         files = [str(path) for one in written for path in one.paths]
         terminal.document({"files": files, "proof": "skipped by --no-proof"})
         return
-    from converters.prove import prove_written
+    from converters.prove import prove_written, ready_verifier
 
-    prove_written(terminal, checkpoint, written, choices)
+    # Before the work starts: a device or a library that is not there must not show after an hour.
+    verifier = ready_verifier(checkpoint, choices)
+    prove_written(terminal, verifier, _write(terminal, checkpoint, plans, options))
 
 
 def verify(terminal: Terminal, choices: VerifyChoices) -> None:
     """Prove a file that is there; its report goes beside it, and the file stays as it is."""
-    from converters.prove import prove_file
+    from converters.prove import check_report_place, prove_file, ready_verifier
 
-    checkpoint = _open(terminal, choices, choices.reference, None)
-    prove_file(terminal, checkpoint, choices.file, choices.report, choices)
+    report = check_report_place(choices.file, choices.report)
+    verifier = ready_verifier(_open(terminal, choices, choices.reference, None), choices)
+    prove_file(terminal, verifier, choices.file, report)
+
+
+def _refuse_contradictions(choices: ConvertChoices) -> None:
+    """Raise UsageError for options that the proof would have needed, where there is none."""
+    given = {
+        "--require-proof": choices.require_proof,
+        "--probe-tokens": choices.probe_tokens is not None,
+        "--llama-lib": choices.llama_lib is not None,
+        "--device": choices.device is not None,
+    }
+    if choices.no_proof and (idle := [name for name, is_given in given.items() if is_given]):
+        raise UsageError(f"--no-proof leaves nothing to do for {', '.join(idle)}")
 
 
 def available_cores() -> int:

@@ -5,6 +5,7 @@ beside every export, and takes the name away from a file that fails (`*.failed`)
 was made some time ago, by whatever tool: its name stays, whatever comes out.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +14,16 @@ from typing import Any, Protocol
 from converters.checkpoint import Checkpoint
 from converters.pipeline import mark_failed, reread_hashes
 from converters.plan import Written
+from converters.probe import DEFAULT_TOKENS
 from converters.proof.record import Check, Figure, Proof, ProofOptions
 from converters.report import build_report, report_path, verdict, write_report
 from converters.terminal import Terminal
 from converters.verify import Verifier
-from quantize.errors import VerificationError
+from quantize.errors import UsageError, VerificationError
 
 
 class Choices(Protocol):
-    """The options of the command line that the proof looks at."""
+    """The options of the command line that the proof looks at; None leaves the default."""
 
     @property
     def require_proof(self) -> bool:
@@ -29,7 +31,7 @@ class Choices(Protocol):
         ...
 
     @property
-    def probe_tokens(self) -> int:
+    def probe_tokens(self) -> int | None:
         """Size of the probe text."""
         ...
 
@@ -39,7 +41,7 @@ class Choices(Protocol):
         ...
 
     @property
-    def device(self) -> str:
+    def device(self) -> str | None:
         """Where the reference forward runs."""
         ...
 
@@ -49,18 +51,39 @@ class Choices(Protocol):
         ...
 
 
-def prove_written(
-    terminal: Terminal, checkpoint: Checkpoint, exports: Sequence[Written], choices: Choices
-) -> None:
+def ready_verifier(checkpoint: Checkpoint, choices: Choices) -> Verifier:
+    """Return a verifier whose device, probe and runtime are known to be there.
+
+    Raises UsageError for a device or a library that is not, VerificationError where the runtime is
+    required and missing.
+    """
+    options = ProofOptions(
+        n_tokens=choices.probe_tokens or DEFAULT_TOKENS,
+        llama_lib=choices.llama_lib,
+        device=choices.device or "cpu",
+        n_threads=choices.n_threads,
+        require_runtime=choices.require_proof,
+    )
+    verifier = Verifier(checkpoint, options)
+    verifier.check_runtime()
+    return verifier
+
+
+def prove_written(terminal: Terminal, verifier: Verifier, exports: Sequence[Written]) -> None:
     """Prove every export, write its report, rename what fails; raises VerificationError if any did."""
-    reports, failures = [], []
-    verifier = _verifier(checkpoint, choices)
-    for written in exports:
-        proof, report = _prove_export(terminal, verifier, written)
-        reports.append(_conclude(terminal, proof, report, report_path(written.paths[0])))
-        if not proof.passed:
-            terminal.result(f"renamed to {', '.join(str(path) for path in mark_failed(written))}")
-            failures += [f"{written.paths[0].name}: {check}" for check in proof.failures]
+    reports: list[dict[str, Any]] = []
+    failures: list[str] = []
+    try:
+        for written in exports:
+            proof, report = _prove_export(terminal, verifier, written)
+            reports.append(_conclude(terminal, proof, report, report_path(written.paths[0])))
+            if not proof.passed:
+                terminal.result(f"renamed to {', '.join(str(path) for path in mark_failed(written))}")
+                failures += [f"{written.paths[0].name}: {check}" for check in proof.failures]
+    except BaseException:
+        unproven = [str(written.paths[0]) for written in exports[len(reports) :]]
+        terminal.say(f"written but not proven: {', '.join(unproven)}; `dscq verify` will do it")
+        raise
     terminal.document({"reports": reports})
     _raise_if_any(failures)
 
@@ -83,29 +106,28 @@ def _prove_export(terminal: Terminal, verifier: Verifier, written: Written) -> t
     return proof, report
 
 
-def prove_file(
-    terminal: Terminal, checkpoint: Checkpoint, path: Path, report: Path | None, choices: Choices
-) -> None:
+def check_report_place(file: Path, report: Path | None) -> Path:
+    """Return where the report of `dscq verify` goes: as asked, or beside the file.
+
+    Raises UsageError, before any work, for a place where it cannot be written or where a model lies.
+    """
+    place = report or file.with_name(file.name.removesuffix(".gguf") + ".verify.report.json")
+    if place.suffix.lower() == ".gguf" or (place.exists() and place.samefile(file)):
+        raise UsageError(f"--report {place}: a report must not take a model's name")
+    if not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
+        raise UsageError(f"{place.parent}: the report cannot be written there", hint="give --report PATH")
+    return place
+
+
+def prove_file(terminal: Terminal, verifier: Verifier, path: Path, report: Path) -> None:
     """Prove one file that exists; raises VerificationError if it fails."""
     with terminal.stages() as on_progress:
-        proof = _verifier(checkpoint, choices).verify(path, on_progress)
-    document = build_report(checkpoint, proof)
-    beside = report or path.with_name(path.name.removesuffix(".gguf") + ".verify.report.json")
-    terminal.document(_conclude(terminal, proof, document, beside))
+        proof = verifier.verify(path, on_progress)
+    document = build_report(verifier.reference, proof)
+    terminal.document(_conclude(terminal, proof, document, report))
     hint = "if the file was made with --eos completion, say --eos completion here too"
     eos_differs = any(check.name == "eos_id" for check in proof.failures)
     _raise_if_any([f"{path.name}: {check}" for check in proof.failures], hint if eos_differs else "")
-
-
-def _verifier(checkpoint: Checkpoint, choices: Choices) -> Verifier:
-    options = ProofOptions(
-        n_tokens=choices.probe_tokens,
-        llama_lib=choices.llama_lib,
-        device=choices.device,
-        n_threads=choices.n_threads,
-        require_runtime=choices.require_proof,
-    )
-    return Verifier(checkpoint, options)
 
 
 def _raise_if_any(failures: Sequence[str], hint: str = "") -> None:
@@ -116,8 +138,7 @@ def _raise_if_any(failures: Sequence[str], hint: str = "") -> None:
 
 
 def _conclude(terminal: Terminal, proof: Proof, report: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Write the report, print tables and verdict, and return the report."""
-    write_report(path, report)
+    """Print tables and verdict, write the report and return it."""
     checks = [_check_row(check) for check in proof.checks]
     terminal.table(f"Proof of {proof.paths[0]}", ["layer", "check", ">value", ">bound", "result", ""], checks)
     columns = [
@@ -134,7 +155,9 @@ def _conclude(terminal: Terminal, proof: Proof, report: dict[str, Any], path: Pa
     terminal.table("", columns, [_figure_row(figure) for figure in proof.figures])
     if proof.probe_note:
         terminal.result(f"probe: {proof.probe_note}")
-    terminal.result(f"{verdict(proof)}  (report: {path})")
+    terminal.result(verdict(proof))
+    write_report(path, report)
+    terminal.say(f"report: {path}")
     return report
 
 

@@ -4,8 +4,8 @@ Four kinds of document, each opened by the begin-of-sentence token, are mixed by
 
 | kind     | share | after the begin token                                                                  |
 |----------|-------|----------------------------------------------------------------------------------------|
-| file     | 48 %  | a whole module, then end of sentence                                                   |
-| fill     | 33 %  | fim-begin, prefix, fim-hole, suffix, fim-end, middle, end of sentence                  |
+| file     | 31 %  | a whole module, then end of sentence                                                   |
+| fill     | 50 %  | fim-begin, prefix, fim-hole, suffix, fim-end, middle, end of sentence                  |
 | function | 12 %  | one function or class at column 0, then end of sentence                                |
 | chat     | 7 %   | the chat template around a docstring and its function, ending in the turn's end        |
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from . import bpe
 from .corpus import Corpus, Function, SourceFile, read_functions
 
-SHARES = {"file": 0.48, "fill": 0.33, "function": 0.12, "chat": 0.07}
+SHARES = {"file": 0.31, "fill": 0.50, "function": 0.12, "chat": 0.07}
 FILL_CHARS = (80, 3000)
 CHAT_CHARS = (60, 1500)
 FUNCTION_CHARS = (40, 6000)

@@ -10,8 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
+
+from converters.cli import dscq, known_targets
+
+ROOT = Path(__file__).parents[2]
 
 MakeCheckpoint = Callable[..., Path]
 Run = Callable[..., Any]
@@ -154,6 +159,45 @@ def test_completion_offers_the_options() -> None:
     assert "--split-max-size" in done.stdout
 
 
+def test_completion_knows_the_targets(make_checkpoint: MakeCheckpoint) -> None:
+    names = known_targets(click.Context(dscq), click.Option(["--to"]), "GGUF:f")
+    assert names == ["gguf:F32", "gguf:F16"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--require-proof",),
+        ("--device", "cpu"),
+        ("--probe-tokens", 500),
+        ("--llama-lib", __file__),
+    ],
+)
+def test_what_needs_a_proof_contradicts_no_proof(
+    run: Run, make_checkpoint: MakeCheckpoint, option: Any
+) -> None:
+    done = run("convert", make_checkpoint(), "--to", "gguf:F16", "--no-proof", *option)
+    assert done.code == 2
+    assert f"--no-proof leaves nothing to do for {option[0]}" in done.err
+
+
+@pytest.mark.parametrize("option", [("--device", "cuda:99"), ("--llama-lib", __file__)])
+def test_what_the_proof_lacks_shows_before_anything_is_written(
+    run: Run, make_checkpoint: MakeCheckpoint, tmp_path: Path, option: Any
+) -> None:
+    done = run("convert", make_checkpoint(), "--to", "gguf:F16", "-o", tmp_path / "o", *option)
+    assert done.code == 2, done.err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_log_in_ascii_is_no_obstacle(make_checkpoint: MakeCheckpoint) -> None:
+    command = [sys.executable, "-m", "converters.cli", "inspect", str(make_checkpoint())]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "begin\\u2581of" in done.stdout
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_exits_130_and_leaves_nothing(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, number: signal.Signals
@@ -173,8 +217,7 @@ def test_an_interrupted_run_exits_130_and_leaves_nothing(
         "-o",
         str(out),
     ]
-    root = str(Path(__file__).parents[2])
-    with subprocess.Popen([*command, "--no-proof"], cwd=root, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*command, "--no-proof"], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         process.stderr.readline()
         for line in process.stderr:

@@ -11,6 +11,7 @@ from converters import pipeline
 from converters.checkpoint import Checkpoint
 from converters.plan import ConvertOptions, Written
 from converters.runtimes import llama_cpp
+from converters.verify import Verifier
 from quantize.errors import RuntimeMissingError
 
 Run = Callable[..., Any]
@@ -86,7 +87,7 @@ def test_a_failed_check_exits_3_names_itself_and_takes_the_name_away(
     assert "payload on disk" in done.err
     assert "blocks within their tensor" in done.err
     assert "model.layers.1.mlp.up_proj.weight" in done.err
-    again = run("convert", demo_folder, "--to", "gguf:Q8_0", "-o", tmp_path, "--no-proof", *SMALL)
+    again = run("convert", demo_folder, "--to", "gguf:Q8_0", "-o", tmp_path, "--no-proof")
     assert again.code == 0
 
 
@@ -121,7 +122,7 @@ def test_verify_leaves_the_file_and_hints_at_the_eos_rule(
         "completion",
         "--no-proof",
     )
-    assert run(*convert, *SMALL).code == 0
+    assert run(*convert).code == 0
     file = tmp_path / "demo-coder-F16.gguf"
     wrong = run("verify", file, "--reference", demo_folder, *SMALL)
     assert wrong.code == 3
@@ -131,6 +132,32 @@ def test_verify_leaves_the_file_and_hints_at_the_eos_rule(
     assert right.code == 0, right.err
     assert file.exists()
     assert (tmp_path / "demo-coder-F16.verify.report.json").exists()
+
+
+@pytest.mark.parametrize("place", ["demo-coder-F16.gguf", "nowhere/report.json"])
+def test_a_report_has_its_place_before_the_work(
+    run: Run, demo_folder: Path, tmp_path: Path, place: str
+) -> None:
+    convert = ("convert", demo_folder, "--to", "gguf:F16", "-o", tmp_path, "--no-proof", "-q")
+    assert run(*convert).code == 0
+    file = tmp_path / "demo-coder-F16.gguf"
+    before = file.read_bytes()
+    done = run("verify", file, "--reference", demo_folder, "--report", tmp_path / place)
+    assert done.code == 2
+    assert "report" in done.err
+    assert file.read_bytes() == before
+
+
+def test_an_interrupted_proof_names_what_is_written_and_unproven(
+    run: Run, demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Verifier, "verify", interrupt)
+    done = run("convert", demo_folder, "--to", "gguf:F16", "-o", tmp_path, "--probe-tokens", 300)
+    assert done.code == 130
+    assert f"written but not proven: {tmp_path}/demo-coder-F16.gguf" in done.err
 
 
 def test_a_split_is_proven_by_its_first_shard(run: Run, demo_folder: Path, tmp_path: Path) -> None:
