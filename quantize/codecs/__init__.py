@@ -3,11 +3,11 @@
 Each family of block layouts is a file of this package; importing it registers its types.
 """
 
-from quantize.codecs import floats, legacy
+from quantize.codecs import floats, iq4, k_quants, legacy
 from quantize.codecs.base import CODECS, Codec
 from quantize.errors import UsageError
 
-__all__ = ["CODECS", "Codec", "codec", "floats", "legacy"]
+__all__ = ["CODECS", "Codec", "codec", "floats", "iq4", "k_quants", "legacy"]
 
 
 def codec(name: str) -> Codec:
