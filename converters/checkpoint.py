@@ -63,13 +63,15 @@ def open_checkpoint(
     low_disk: bool = False,
     eos: EosRule = "model",
     name: str | None = None,
+    headers_only: bool = False,
     quiet: bool = False,
 ) -> Checkpoint:
     """Open a folder, a `.gguf` file with float tensors, or a hub id (tried in this order).
 
     `revision` (a branch, tag or commit) and `low_disk` (shards are fetched when they are needed and
     deleted when they are done) belong to hub ids; `lora` is the folder of an adapter to merge into the
-    weights as they are loaded; `name` replaces the model's name in provenance; `quiet` hides the
+    weights as they are loaded; `name` replaces the model's name in provenance; `headers_only` is for
+    those who will load no weights: a hub id's shards then stay where they are; `quiet` hides the
     download's progress. Raises CheckpointError or TokenizerError with every reason at once, UsageError
     for options that do not fit the source.
     """
@@ -81,7 +83,8 @@ def open_checkpoint(
     if local:
         opened = folder_source(path, eos) if path.is_dir() else file_source(path, eos)
     elif is_hub_id(str(source)):
-        opened = hub_source(str(source), revision, eos, low_disk=low_disk, quiet=quiet)
+        how = {"low_disk": low_disk, "headers_only": headers_only, "quiet": quiet}
+        opened = hub_source(str(source), revision, eos, **how)
     else:
         raise unknown_source(str(source))
     typed = str(source) if not local else path.resolve().name

@@ -18,18 +18,10 @@ if TYPE_CHECKING:
     from converters.plan import ConvertOptions, Plan, Written
 
 
-@dataclass(frozen=True)
-class ConvertChoices:
-    """The options of `dscq convert`."""
+@dataclass(frozen=True, kw_only=True)
+class SourceChoices:
+    """How a checkpoint is opened, and how a file made of it is proven: what two commands share."""
 
-    source: str
-    targets: tuple[str, ...]
-    output: Path
-    name: str | None
-    split_max_size: int | None
-    dry_run: bool
-    force: bool
-    no_proof: bool
     revision: str | None
     lora: Path | None
     low_disk: bool
@@ -40,6 +32,34 @@ class ConvertChoices:
     device: str
     threads: int | None
 
+    @property
+    def n_threads(self) -> int:
+        """Worker threads: as asked, or the cores at hand."""
+        return self.threads or available_cores()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertChoices(SourceChoices):
+    """The options of `dscq convert`."""
+
+    source: str
+    targets: tuple[str, ...]
+    output: Path
+    name: str | None
+    split_max_size: int | None
+    dry_run: bool
+    force: bool
+    no_proof: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyChoices(SourceChoices):
+    """The options of `dscq verify`."""
+
+    file: Path
+    reference: str
+    report: Path | None
+
 
 def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     """Open, plan, write, prove; or, with `--dry-run`, open and plan."""
@@ -48,12 +68,12 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     from converters.targets import parse_request
 
     requests = [parse_request(text) for text in choices.targets]
-    checkpoint = _open(terminal, choices)
+    checkpoint = _open(terminal, choices, choices.source, choices.name, headers_only=choices.dry_run)
     options = ConvertOptions(
         folder=choices.output,
         force=choices.force,
         split_max_bytes=choices.split_max_size,
-        n_threads=choices.threads or available_cores(),
+        n_threads=choices.n_threads,
         hash_tensors=not choices.no_proof,
     )
     plans = plan_exports(checkpoint, requests, options)
@@ -64,7 +84,20 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
         return
     written = _write(terminal, checkpoint, plans, options)
     if choices.no_proof:
-        terminal.document({"files": [_files(one) for one in written], "proof": "skipped by --no-proof"})
+        files = [str(path) for one in written for path in one.paths]
+        terminal.document({"files": files, "proof": "skipped by --no-proof"})
+        return
+    from converters.prove import prove_written
+
+    prove_written(terminal, checkpoint, written, choices)
+
+
+def verify(terminal: Terminal, choices: VerifyChoices) -> None:
+    """Prove a file that is there; its report goes beside it, and the file stays as it is."""
+    from converters.prove import prove_file
+
+    checkpoint = _open(terminal, choices, choices.reference, None)
+    prove_file(terminal, checkpoint, choices.file, choices.report, choices)
 
 
 def available_cores() -> int:
@@ -72,16 +105,19 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _open(terminal: Terminal, choices: ConvertChoices) -> "Checkpoint":
+def _open(
+    terminal: Terminal, choices: SourceChoices, source: str, name: str | None, *, headers_only: bool = False
+) -> "Checkpoint":
     from converters.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(
-        choices.source,
+        source,
         revision=choices.revision,
         lora=choices.lora,
         low_disk=choices.low_disk,
         eos=choices.eos,
-        name=choices.name,
+        name=name,
+        headers_only=headers_only,
         quiet=terminal.quiet,
     )
     for note in checkpoint.notes:
@@ -145,10 +181,6 @@ def _write(
     for path in (path for one in written for path in one.paths):
         terminal.result(f"wrote {path} ({path.stat().st_size:,} bytes)")
     return written
-
-
-def _files(written: "Written") -> list[str]:
-    return [str(path) for path in written.paths]
 
 
 def inspect(terminal: Terminal, path: Path, *, list_tensors: bool) -> None:

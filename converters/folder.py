@@ -44,6 +44,12 @@ def find_weights(folder: Path) -> WeightFiles:
     raise explain_no_weights(folder)
 
 
+def holds_weights(folder: Path) -> bool:
+    """Return whether there is anything in the folder that `find_weights` would take for weights."""
+    patterns = ("*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
+    return any(_files(folder, pattern) for pattern in patterns)
+
+
 def _indexed(folder: Path, index_name: str, single: Path) -> list[Path]:
     """Return the shards that the index names, else the single file, else nothing."""
     index = folder / index_name

@@ -9,6 +9,7 @@ runtime's defaults here, right or wrong: the proof must see what the runtime wil
 `targets/gguf_fields.py` writes what is read here.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,20 @@ from quantize.errors import CheckpointError, TokenizerError
 from quantize.llama import LlamaConfig
 
 TOKENS = "tokenizer.ggml.tokens"
-_REQUIRED = ("block_count", "context_length", "embedding_length", "attention.layer_norm_rms_epsilon")
+_COUNTS = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "attention.head_count",
+    "feed_forward_length",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+)
+_EPSILON = "attention.layer_norm_rms_epsilon"
+_SINGLES = (_EPSILON, "rope.freq_base", "rope.scaling.factor", "rope.scale_linear")
+_REQUIRED = (*_COUNTS[:4], _EPSILON)
 _BPE_DEFAULT_ID = 11  # llama.cpp's bos and eos of a BPE vocabulary that states none
 # Our field -> the key's middle today, the middle that older files have, the text that llama.cpp looks for.
 _FIM = {
@@ -48,7 +62,7 @@ def read_llama_config(metadata: Mapping[str, Any], *, tied_head: bool) -> LlamaC
         head_dim=head_dim,
         vocab_size=len(metadata[TOKENS]),
         context_length=metadata["llama.context_length"],
-        rms_norm_eps=_decimal(metadata["llama.attention.layer_norm_rms_epsilon"]),
+        rms_norm_eps=_decimal(metadata[f"llama.{_EPSILON}"]),
         rope_theta=_decimal(metadata.get("llama.rope.freq_base", 10000.0)),
         rope_factor=_rope_factor(metadata),
         tied_head=tied_head,
@@ -71,17 +85,25 @@ def _config_faults(metadata: Mapping[str, Any]) -> list[str]:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         return [f"general.architecture is {architecture!r}, expected 'llama'"]
-    required = [f"llama.{key}" for key in (*_REQUIRED, "attention.head_count")] + [TOKENS]
+    required = [f"llama.{key}" for key in _REQUIRED] + [TOKENS]
     faults = [f"{key} is missing" for key in required if key not in metadata]
-    for key, value in metadata.items():
-        if key.startswith("llama.") and isinstance(value, list):
-            faults.append(f"{key} differs from layer to layer, which no Llama does")
-        elif key.startswith("llama.") and isinstance(value, int) and value <= 0:
-            faults.append(f"{key} is {value}, expected a positive number")
+    counts = {f"llama.{key}": _count_fault(metadata.get(f"llama.{key}", 1)) for key in _COUNTS}
+    faults += [f"{key} {fault}" for key, fault in counts.items() if fault]
+    for key in _SINGLES:
+        if not isinstance(value := metadata.get(f"llama.{key}", 1.0), float) or not math.isfinite(value):
+            faults.append(f"llama.{key} is {value!r}, expected a float32")
     scaling = metadata.get("llama.rope.scaling.type", "linear")
     if scaling not in ("linear", "none"):
         faults.append(f"llama.rope.scaling.type is {scaling!r}; 'linear' and 'none' are supported")
+    if not isinstance(metadata.get(TOKENS, []), list):
+        faults.append(f"{TOKENS} is no array")
     return faults or _head_faults(metadata)
+
+
+def _count_fault(value: object) -> str:
+    if isinstance(value, list):
+        return "differs from layer to layer, which no Llama does"
+    return "" if type(value) is int and value > 0 else f"is {value!r}, expected a positive whole number"
 
 
 def _head_faults(metadata: Mapping[str, Any]) -> list[str]:
@@ -110,6 +132,9 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         raise TokenizerError(f"tokenizer.ggml.model is {model!r}, expected 'gpt2' (BPE)", reasons=reasons)
     tokens = tuple(metadata[TOKENS])
     types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
+    if len(types) != len(tokens) or (unknown := set(types) - set(TokenType)):
+        fault = f"unknown numbers {sorted(unknown)}" if len(types) == len(tokens) else f"{len(types)} entries"
+        raise TokenizerError(f"tokenizer.ggml.token_type has {fault} for {len(tokens)} tokens")
     return Vocabulary(
         tokens=tokens,
         token_types=tuple(TokenType(number) for number in types),

@@ -1,9 +1,9 @@
 """A model on the hub, by its id: which files are wanted, at which commit, and what can go wrong.
 
-A branch or tag moves, so the revision is resolved to its commit first, and everything after that names the
-commit. Only the files of a checkpoint are fetched, into huggingface_hub's own cache: a download that was
-broken off goes on where it stopped, and a second run fetches nothing. Tokens, mirrors and offline mode are
-huggingface_hub's (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
+A branch or tag moves, so its commit is what provenance names. Only the files of a checkpoint are fetched,
+into huggingface_hub's own cache: a download that was broken off goes on where it stopped, and a second run
+fetches nothing. Tokens, mirrors and offline mode are huggingface_hub's (HF_TOKEN, HF_ENDPOINT,
+HF_HUB_OFFLINE).
 """
 
 import errno
@@ -48,13 +48,16 @@ class Listing:
     files: Mapping[str, int | None]
 
 
-def hub_source(repo: str, revision: str | None, eos: EosRule, *, low_disk: bool, quiet: bool) -> Source:
+def hub_source(
+    repo: str, revision: str | None, eos: EosRule, *, low_disk: bool, headers_only: bool, quiet: bool
+) -> Source:
     """Return a model of the hub as a source, after fetching its files.
 
     With `low_disk` only the small files are fetched now; the headers of the shards are read by range
-    requests, and each shard comes when a tensor of it is loaded. Without a connection a complete copy in
-    the cache will do, and a note says so. Raises CheckpointError with what to do about it for a model or
-    revision that does not exist, a gated model, a full disk, no connection.
+    requests, and each shard comes when a tensor of it is loaded. `headers_only` does the same for whoever
+    will load nothing, but fetches `.bin` shards, whose headers cannot be read from afar. Without a
+    connection a complete copy in the cache will do, and a note says so. Raises CheckpointError with what
+    to do about it for a model or revision that does not exist, a gated model, a full disk, no connection.
     """
     if quiet:
         disable_progress_bars()
@@ -66,11 +69,14 @@ def hub_source(repo: str, revision: str | None, eos: EosRule, *, low_disk: bool,
     with hub_errors(repo, revision):
         small = [name for name in listing.files if _SMALL.fullmatch(name)]
         shards = _shards(listing)
-        wanted = small if low_disk else [*small, *shards]
+        from_afar = low_disk or (headers_only and all(".safetensors" in name for name in shards))
+        wanted = small if from_afar else [*small, *shards]
         _check_room(listing, wanted)
-        folder = Path(snapshot_download(repo, revision=listing.commit, allow_patterns=wanted))
-    source = _named(folder_source(folder, eos), repo, listing.commit)
-    if not low_disk:
+        # By the user's name of it, so that the cache finds it by that name when there is no connection.
+        asked = listing.commit if from_afar else revision
+        folder = Path(snapshot_download(repo, revision=asked, allow_patterns=wanted))
+    source = _snapshot(folder, repo, eos)
+    if not from_afar:
         return source
     remote = RemoteFiles(repo, listing.commit, tuple(shards))
     return replace(source, inventory=lambda: remote_inventory(remote, lambda: hub_errors(repo, revision)))
@@ -131,9 +137,9 @@ def is_cached(repo: str, name: str, commit: str) -> bool:
     return isinstance(try_to_load_from_cache(repo, name, revision=commit), str)
 
 
-def _named(source: Source, repo: str, commit: str) -> Source:
-    """Return the source of a snapshot's folder under the model's own name."""
-    return replace(source, label=repo, name=repo.split("/")[-1], revision=commit)
+def _snapshot(folder: Path, repo: str, eos: EosRule) -> Source:
+    """Return a snapshot's folder, which is named after its commit, as a source with the model's own name."""
+    return replace(folder_source(folder, eos), label=repo, name=repo.split("/")[-1], revision=folder.name)
 
 
 def _from_cache(
@@ -144,7 +150,7 @@ def _from_cache(
     if low_disk or not isinstance(config, str):
         raise error
     folder = Path(config).parent
-    source = _named(folder_source(folder, eos), repo, folder.name)
+    source = _snapshot(folder, repo, eos)
     return replace(source, notes=(*source.notes, f"the hub was not reached; using the cached {folder.name}"))
 
 

@@ -137,12 +137,13 @@ def describe(pre_tokenizer: Json | None) -> list[str]:
     return _lines(_flatten(pre_tokenizer))
 
 
-def _flatten(step: Json | None) -> tuple[Json, ...]:
-    if step is None:
+def _flatten(step: Any) -> tuple[Json, ...]:
+    if not isinstance(step, Mapping):
         return ()
-    if step.get("type") == "Sequence":
-        return tuple(inner for part in step["pretokenizers"] for inner in _flatten(part))
-    return (step,)
+    if step.get("type") != "Sequence":
+        return (step,)
+    parts = step.get("pretokenizers")
+    return tuple(inner for part in parts for inner in _flatten(part)) if isinstance(parts, list) else ()
 
 
 def _lines(steps: tuple[Json, ...]) -> list[str]:
@@ -154,7 +155,7 @@ def _line(step: Json) -> str:
     kind = step.get("type")
     if kind == "Split":
         inverted = ", inverted" if step.get("invert") else ""
-        return f"Split {step['pattern']!r} {step['behavior']}{inverted}"
+        return f"Split {step.get('pattern')!r} {step.get('behavior')}{inverted}"
     if kind == "Digits":
         return "Digits one by one" if step.get("individual_digits") else "Digits in runs"
     if kind == "ByteLevel":

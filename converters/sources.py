@@ -11,7 +11,7 @@ from pathlib import Path
 
 from converters.bin_shards import bin_inventory
 from converters.config import read_config, read_json
-from converters.folder import WeightFiles, explain_no_weights, explain_partitions, find_weights
+from converters.folder import WeightFiles, explain_no_weights, explain_partitions, find_weights, holds_weights
 from converters.gguf_source import open_gguf
 from converters.inventory import Inventory, found_by_spec
 from converters.shards import safetensors_inventory
@@ -56,7 +56,7 @@ def folder_source(folder: Path, eos: EosRule) -> Source:
     Raises CheckpointError at once for a folder that is no checkpoint at all: for that, nothing else about
     it matters.
     """
-    if not (folder / "config.json").is_file() and not _has_weights(folder):
+    if not (folder / "config.json").is_file() and not holds_weights(folder):
         raise explain_no_weights(folder)
     resolved = folder.resolve()
     homes = (resolved, resolved.parent) if _TRAINER_FOLDER.fullmatch(resolved.name) else (resolved,)
@@ -83,10 +83,6 @@ def folder_inventory(folder: Path) -> Inventory:
     if weights.kind == "bin":
         return bin_inventory(weights.files)
     return safetensors_inventory(weights.files)
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("model*.safetensors*")) or any(folder.glob("pytorch_model*.bin*"))
 
 
 def file_source(path: Path, eos: EosRule) -> Source:

@@ -22,6 +22,8 @@ from quantize.errors import CheckpointError, PlanError
 from quantize.weights import Weights
 
 SLICE_ELEMENTS = 1 << 20
+# More would only wait for the disk, and each holds up to 20 MB in flight.
+_MAX_WORKERS = 16
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,13 @@ def stream(
     type, OutputError.
     """
     run = _Stream(weights, exports, options, on_event)
-    with _one_thread_per_worker(), ThreadPoolExecutor(options.n_threads) as pool:
+    n_workers = min(options.n_threads, _MAX_WORKERS)
+    with _one_thread_per_worker(), ThreadPoolExecutor(n_workers) as pool:
         pending: deque[Future[_Outcome]] = deque()
         for part in run.slices():
             pending.append(pool.submit(run.work, part))
             # The queue bounds what is in flight; results come out in the order of the slices.
-            if len(pending) > 2 * options.n_threads:
+            if len(pending) > 2 * n_workers:
                 run.settle(pending.popleft().result())
         while pending:
             run.settle(pending.popleft().result())

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,9 +63,18 @@ class Terminal:
         elif self.err.is_terminal:
             with self._bar() as bar:
                 task = bar.add_task(title, total=total, unit=unit, note="")
-                yield lambda amount, note: bar.update(task, advance=amount, note=note)
+                yield lambda amount, note: bar.update(
+                    task, advance=amount, note="" if unit != "bytes" else note
+                )
         else:
             yield _Lines(self, title, total, unit).advance
+
+    @contextmanager
+    def stages(self, unit: str = "steps") -> Iterator[Callable[[str, int, int], None]]:
+        """Show stages that announce themselves: the body calls (stage, steps done, steps in all)."""
+        with ExitStack() as current:
+            shown = _Stages(self, unit, current)
+            yield shown.report
 
     def _bar(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), RateColumn(), TimeRemainingColumn())
@@ -93,6 +102,27 @@ class Terminal:
         """Print the machine-readable result on standard output if `--json` was given."""
         if self.as_json:
             sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@dataclass
+class _Stages:
+    """One bar (or run of lines) at a time, replaced when another stage reports."""
+
+    terminal: Terminal
+    unit: str
+    current: ExitStack
+    title: str = ""
+    done: int = 0
+    advance: Advance | None = None
+
+    def report(self, title: str, done: int, total: int) -> None:
+        """Move the stage to `done` of `total`; a new title, or a step back, begins a new stage."""
+        if self.advance is None or title != self.title or done < self.done:
+            self.current.close()
+            self.title, self.done = title, 0
+            self.advance = self.current.enter_context(self.terminal.stage(title, total, self.unit))
+        self.advance(done - self.done, f"{done} of {total}")
+        self.done = done
 
 
 @dataclass

@@ -153,7 +153,7 @@ class _NamedIds:
         text = token.get("content") if isinstance(token, dict) else token
         if not text:
             return
-        if text in self._ids:
+        if isinstance(text, str) and text in self._ids:
             yield self._ids[text]
         else:
             self._complain(f"{where} is {text!r}, which is not in tokenizer.json")
@@ -189,7 +189,7 @@ def _adding_rule(files: TokenizerFiles, pre: str) -> tuple[bool, bool, str]:
 
 
 def _adds_token(files: TokenizerFiles, text: str) -> bool:
-    return any(token.get("content") == text for token in files.tokenizer.get("added_tokens", ()))
+    return any(token.get("content") == text for token in files.tokenizer.get("added_tokens") or ())
 
 
 def _template_tokens(files: TokenizerFiles, reasons: list[str]) -> tuple[str, str]:
@@ -197,9 +197,12 @@ def _template_tokens(files: TokenizerFiles, reasons: list[str]) -> tuple[str, st
     opening, closing = "", ""
     for processor in _processors(files.tokenizer.get("post_processor")):
         if processor.get("type") == "TemplateProcessing":
-            parts = [part.get("SpecialToken", {}).get("id", "") for part in processor.get("single", ())]
+            # The text itself is the part without a token: "".
+            parts = [part.get("SpecialToken", {}).get("id", "") for part in processor.get("single", ())] or [
+                ""
+            ]
             opening, closing = parts[0], parts[-1]
-            if len(parts) > 3 or "" not in parts:
+            if parts not in ([""], [opening, ""], ["", closing], [opening, "", closing]):
                 reasons.append("tokenizer.json's template adds more than one token before or after a text")
         elif processor.get("type") != "ByteLevel":
             reasons.append(f"tokenizer.json's post-processor {processor.get('type')} is not supported")
@@ -254,7 +257,9 @@ def _chat_template(files: TokenizerFiles) -> tuple[str | None, str]:
     """The template, byte for byte, and a note where two files hold different ones."""
     stated = files.tokenizer_config.get("chat_template")
     if isinstance(stated, list):
-        stated = {entry["name"]: entry["template"] for entry in stated}.get("default")
+        named = {entry.get("name"): entry.get("template") for entry in stated if isinstance(entry, dict)}
+        stated = named.get("default")
+    stated = stated if isinstance(stated, str) else None
     if files.template is None:
         return stated, ""
     differs = stated is not None and stated != files.template

@@ -40,6 +40,7 @@ def _byte_spelling() -> dict[str, int]:
 
 
 BYTE_OF_CHARACTER: Final = _byte_spelling()
+_NEVER_IN_UTF8: Final = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,20 @@ class CheckpointTokenizer:
         return hashlib.sha256(content.encode()).hexdigest()
 
     @cached_property
+    def missing_bytes(self) -> frozenset[int]:
+        """Bytes of UTF-8 text that have no token, as in vocabularies cut down to the bytes of their corpus.
+
+        `tokenizers` puts the unknown token there (or nothing), llama.cpp nothing: ids differ on such text.
+        """
+        rows = zip(self.vocabulary.tokens, self.vocabulary.token_types, strict=True)
+        spelt = {BYTE_OF_CHARACTER.get(text) for text, kind in rows if kind is TokenType.NORMAL}
+        return frozenset(range(256)) - _NEVER_IN_UTF8 - spelt
+
+    def can_spell(self, text: str) -> bool:
+        """Whether every byte of `text` has a token: False where `missing_bytes` are needed."""
+        return self.missing_bytes.isdisjoint(text.encode("utf-8"))
+
+    @cached_property
     def running(self) -> Tokenizer:
         """The `tokenizers` object; its own post-processor is not used, BOS is `encode`'s business."""
         return _load(self.json_text)
@@ -109,8 +124,10 @@ def read_tokenizer(folder: Path, n_rows: int, *, eos: EosRule = "model") -> Chec
     """
     files = read_files(folder)
     refuse_damaged(files, folder)
+    # The library aborts the process on some of what is refused here, so this comes before it.
     model = bpe_model(files.tokenizer, folder)
-    added = {token["content"]: token for token in files.tokenizer.get("added_tokens", ())}
+    _load(files.tokenizer_json)  # what the library takes has the form that is relied on from here on
+    added = {token["content"]: token for token in files.tokenizer.get("added_tokens") or ()}
     pre = recognise(files.tokenizer.get("pre_tokenizer"), added)
     ids = dict(model["vocab"]) | {content: token["id"] for content, token in added.items()}
     roles = find_roles(files, ids, pre, eos)

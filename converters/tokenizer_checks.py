@@ -17,7 +17,7 @@ from quantize.errors import TokenizerError
 
 def refuse_damaged(files: TokenizerFiles, folder: Path) -> None:
     """Refuse a byte-level vocabulary under a SentencePiece pre-tokenizer: what transformers 5 writes."""
-    model = files.tokenizer.get("model") or {}
+    model = _model(files.tokenizer)
     steps = describe(files.tokenizer.get("pre_tokenizer"))
     if not any(step.startswith("Metaspace") for step in steps) or "Ġ" not in model.get("vocab", {}):
         return
@@ -35,7 +35,7 @@ def refuse_damaged(files: TokenizerFiles, folder: Path) -> None:
 
 def bpe_model(tokenizer: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     """Return tokenizer.json's BPE model; raises TokenizerError for what no runtime could follow."""
-    model: Mapping[str, Any] = tokenizer.get("model") or {}
+    model = _model(tokenizer)
     reasons = []
     # The oldest files name no type; merges are what makes them BPE.
     if model.get("type", "BPE") != "BPE" or not model.get("vocab") or "merges" not in model:
@@ -43,13 +43,23 @@ def bpe_model(tokenizer: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
             reasons.append(f"model.{key} is {model[key]!r}; byte-level BPE has none")
-    for token in tokenizer.get("added_tokens", ()):
+    added = tokenizer.get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        if not isinstance(token, dict):
+            continue
         flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
         if flags:
-            reasons.append(f"added token {token['content']!r} has {', '.join(flags)}, which GGUF cannot say")
+            reasons.append(
+                f"added token {token.get('content')!r} has {', '.join(flags)}, which GGUF cannot say"
+            )
     if reasons:
         raise TokenizerError(f"{folder / 'tokenizer.json'} is not supported", reasons=reasons)
     return model
+
+
+def _model(tokenizer: Mapping[str, Any]) -> Mapping[str, Any]:
+    model = tokenizer.get("model")
+    return model if isinstance(model, dict) else {}
 
 
 def conflicts(files: TokenizerFiles, ids: Mapping[str, int], pre: str, n_rows: int) -> list[str]:
@@ -75,7 +85,8 @@ def conflicts(files: TokenizerFiles, ids: Mapping[str, int], pre: str, n_rows: i
 
 def _lost_tokens(files: TokenizerFiles, ids: Mapping[str, int]) -> list[str]:
     """Tokens that tokenizer_config.json lists and tokenizer.json does not have, or has elsewhere."""
-    listed = files.tokenizer_config.get("added_tokens_decoder", {})
+    listed = files.tokenizer_config.get("added_tokens_decoder")
+    listed = listed if isinstance(listed, dict) else {}
     lost = [f"{t['content']!r} ({i})" for i, t in listed.items() if ids.get(t["content"]) != int(i)]
     return (
         [f"tokenizer_config.json lists tokens that tokenizer.json lacks: {', '.join(lost[:5])}"]

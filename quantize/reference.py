@@ -22,6 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn import functional
 
+from quantize.errors import UsageError
 from quantize.llama import EMBEDDING, FINAL_NORM, HEAD, LlamaConfig, block_tensor
 from quantize.weights import Weights
 
@@ -133,6 +134,16 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     """Rotate f32 (n_heads, n_tokens, head_dim): element i pairs with element i + head_dim/2."""
     first, second = heads.chunk(2, dim=-1)
     return heads * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def usable_device(name: str) -> torch.device:
+    """Return the torch device of that name; raises UsageError if this machine has none such."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
 
 
 @contextmanager

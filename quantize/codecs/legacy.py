@@ -178,4 +178,5 @@ class Q8_0(Codec):
         """Return d * code."""
         parts = blocks.reshape(-1, self.block_bytes)  # (blocks, 34)
         d = parts[:, :2].contiguous().view(torch.float16).float()
-        return (d * parts[:, 2:].contiguous().view(torch.int8).float()).reshape(-1, n_columns)
+        codes = parts.view(torch.int8)[:, 2:].float()  # one copy: whole embeddings pass through here
+        return codes.mul_(d).reshape(-1, n_columns)

@@ -12,11 +12,16 @@ Four kinds of document, each opened by the begin-of-sentence token, are mixed by
 Documents are laid end to end and cut into rows, so a row may begin inside a document. The middle to be filled
 in is a run of whole lines, the rest of a line from its first word on (with or without further lines), or any
 span of characters: the three places where an editor's cursor stands.
+
+A prompt often ends behind an indentation. The pre-tokenizer gives the last space of an indentation to the
+word after it, so text encoded as a whole never shows what may follow such a prompt. Every tenth indented line
+of the plain documents is therefore encoded in two pieces, indentation and rest.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,6 +37,7 @@ SHARES = {"file": 0.48, "fill": 0.33, "function": 0.12, "chat": 0.07}
 FILL_CHARS = (80, 3000)
 CHAT_CHARS = (60, 1500)
 FUNCTION_CHARS = (40, 6000)
+CUT_LINES = 0.1
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,9 @@ class DocumentStream:
         return text[start : end + 1 if end >= 0 else len(text)]
 
     def _plain(self, text: str) -> list[int]:
-        return [self._ids.begin, *self._encode(text), self._ids.end]
+        cuts = cursor_cuts(self._random, text)
+        pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        return [self._ids.begin, *(i for piece in pieces for i in self._encode(piece)), self._ids.end]
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -119,6 +127,12 @@ def held_out_rows(corpus: Corpus, tokenizer: Tokenizer, n_tokens: int) -> Tensor
     stream = [i for f in corpus.held_out for i in (ids.begin, *tokenizer.encode(f.text).ids, ids.end)]
     n_rows = len(stream) // (n_tokens + 1)
     return torch.tensor(stream[: n_rows * (n_tokens + 1)]).view(n_rows, n_tokens + 1)
+
+
+def cursor_cuts(rng: random.Random, text: str) -> list[int]:
+    """Choose a share `CUT_LINES` of the lines; return the offsets behind their indentations, ascending."""
+    ends = [match.end() for match in re.finditer(r"^[ \t]+(?=\S)", text, re.MULTILINE)]
+    return [end for end in ends if rng.random() < CUT_LINES]
 
 
 def cut_hole(rng: random.Random, text: str) -> Hole:

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.pipeline import convert
+from converters.plan import ConvertOptions, Request
 from quantize.errors import CheckpointError, DscqError, TokenizerError, UsageError
 from quantize.llama import EMBEDDING, HEAD
 
@@ -308,8 +310,10 @@ def test_a_folder_of_something_else_says_what_it_found(tmp_path: Path) -> None:
     assert "found model.h5, notes.txt" in refusal(tmp_path).message
 
 
-def test_a_missing_config_is_named(make_checkpoint: MakeCheckpoint) -> None:
+@pytest.mark.parametrize("weights", ["model.safetensors", "other.safetensors"])
+def test_a_missing_config_is_named(make_checkpoint: MakeCheckpoint, weights: str) -> None:
     folder = make_checkpoint()
+    (folder / "model.safetensors").rename(folder / weights)
     (folder / "config.json").unlink()
     assert "config.json: no such file" in refusal(folder).message
 
@@ -380,3 +384,61 @@ def test_the_embedded_model_opens(demo_folder: Path) -> None:
         checkpoint.config.vocab_size,
         checkpoint.config.hidden_size,
     )
+
+
+def gguf_of(folder: Path, quant: str, **options: Any) -> Path:
+    """Convert a checkpoint folder and return the (first) file."""
+    out = ConvertOptions(folder.parent / f"out-{quant}", **options)
+    (written,) = convert(open_checkpoint(folder), [Request("gguf", quant)], out)
+    return written.paths[0]
+
+
+@pytest.mark.parametrize(
+    ("quant", "dtype"), [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)]
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_float_gguf_is_a_source_too(
+    make_checkpoint: MakeCheckpoint, quant: str, dtype: torch.dtype, tied: bool
+) -> None:
+    folder = make_checkpoint("my-model", dtype, tie_word_embeddings=tied)
+    path = gguf_of(folder, quant)
+    original, opened = open_checkpoint(folder), open_checkpoint(path)
+    assert opened.config == original.config
+    assert list(opened.weights.specs()) == list(original.weights.specs())
+    for name in original.weights.specs():
+        assert torch.equal(opened.weights.load(name).float(), original.weights.load(name).float())
+    assert opened.tokenizer.vocabulary == original.tokenizer.vocabulary
+    assert opened.tokenizer.encode("def f(x):\n    return x") == original.tokenizer.encode(
+        "def f(x):\n    return x"
+    )
+    assert opened.provenance.name == "my-model"
+    assert opened.provenance.source == path.name
+
+
+def test_a_split_gguf_is_a_source_by_its_first_file(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint()
+    path = gguf_of(folder, "BF16", split_max_bytes=400_000)
+    assert "-of-" in path.name
+    original, opened = open_checkpoint(folder), open_checkpoint(path)
+    assert all(
+        torch.equal(opened.weights.load(name).float(), original.weights.load(name).float())
+        for name in original.weights.specs()
+    )
+
+
+def test_a_quantized_gguf_is_no_source(make_checkpoint: MakeCheckpoint) -> None:
+    (reason,) = refusal(gguf_of(make_checkpoint(), "Q8_0")).reasons
+    assert "stored as Q8_0 (supported: BF16, F16, F32)" in reason
+
+
+def test_eos_for_completion_of_a_gguf_source(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint()
+    of_folder = open_checkpoint(folder, eos="completion").tokenizer.vocabulary
+    of_gguf = open_checkpoint(gguf_of(folder, "F16"), eos="completion").tokenizer.vocabulary
+    assert of_gguf == of_folder
+
+
+def test_a_truncated_gguf_is_refused(make_checkpoint: MakeCheckpoint) -> None:
+    path = gguf_of(make_checkpoint(), "F16")
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert isinstance(refusal(path), CheckpointError)

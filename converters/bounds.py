@@ -1,0 +1,109 @@
+"""What counts as right: the bounds of the proof, per quant type.
+
+A type's row says how far a file of that type may be from its checkpoint. Absolute KL divergence differs
+tenfold between models, and small models are hurt most; so the bounds are wide and catch what is broken, not
+what is mediocre. Where a plan predicted the loss of its file, the prediction gives the bound instead.
+
+    relative_error    |decoded - source| / |source| of one tensor
+    weights_kl        mean KL of the file's weights in the reference forward
+    activations_kl    mean KL of the runtime to that forward, for it rounds activations to what its kernels
+                      take beside the type: f16, bf16, or 8 bits in blocks of 32 or 256
+
+Where the figures come from: a 135M Llama (SmolLM2, rescaled off its stored grid), all decoder matrices in one
+type, rounded plainly by ggml without an importance matrix: the most sensitive model and the worst method at
+hand. Measured there, relative error (worst tensor) and mean KL over 500 tokens of code; the bounds are
+about five times the error, for compensated rounding trades a larger one for a smaller loss, and three to
+five times the KL.
+
+    Q8_0 .007 .0017    Q5_0 .055 .12     Q4_0 .110 .44     Q3_K .18 1.1
+    Q6_K .022 .018     Q5_1 .044 .086    Q4_1 .092 .40     IQ4_NL .086 .27
+    Q5_K .041 .077     Q4_K .077 .26                       IQ4_XS .087 .28
+
+A uniform guess over 49,152 tokens is 9 nats from that model, another model's tensor has a relative error of
+1.4: the bounds of the lowest types stay below both.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from quantize.errors import UsageError
+
+GAIN = (0.4, 1.6)
+"""<decoded, source> / <source, source> of a tensor. Measured 0.67 to 1 for rounding of any kind, 2 bits and
+strong compensation included; 0 for permuted rows."""
+
+PREDICTION_FACTOR = 3.0
+"""A predicted KL adds up the tensors' own losses, which interact; it is right within a factor of two."""
+
+
+@dataclass(frozen=True)
+class TypeBound:
+    """One row of the table."""
+
+    relative_error: float
+    weights_kl: float
+    activations_kl: float
+
+
+@dataclass(frozen=True)
+class FileBound:
+    """The bounds of a whole file on the mean KL divergence, in nats per token."""
+
+    weights_kl: float
+    activations_kl: float
+
+    @property
+    def runtime_kl(self) -> float:
+        """Bound of the runtime against the checkpoint: both losses, of which one prevails."""
+        return max(self.weights_kl, self.activations_kl)
+
+
+# The float types' own loss: bf16 weights fit F16 but for the smallest (1e-11 measured); f32 weights in F16
+# lose 2e-6, in BF16 1e-4. The runtime's: F32 keeps its keys and values as f16 (5e-8 on the embedded model),
+# F16 2.6e-6, BF16 5e-6 on the embedded model.
+BOUNDS = {
+    "F32": TypeBound(0.0, 1e-9, 2e-6),
+    "F16": TypeBound(0.001, 1e-5, 1e-5),
+    "BF16": TypeBound(0.004, 1e-3, 1e-2),
+    "Q8_0": TypeBound(0.035, 0.01, 0.02),
+    "Q6_K": TypeBound(0.1, 0.08, 0.1),
+    "Q5_K": TypeBound(0.2, 0.3, 0.1),
+    "Q5_1": TypeBound(0.2, 0.35, 0.1),
+    "Q5_0": TypeBound(0.25, 0.5, 0.1),
+    "Q4_K": TypeBound(0.4, 1.0, 0.1),
+    "Q4_1": TypeBound(0.4, 1.5, 0.1),
+    "Q4_0": TypeBound(0.5, 1.5, 0.1),
+    "IQ4_NL": TypeBound(0.4, 1.0, 0.1),
+    "IQ4_XS": TypeBound(0.4, 1.0, 0.1),
+    "MXFP4": TypeBound(0.5, 2.0, 0.1),
+    "Q3_K": TypeBound(0.8, 4.0, 0.3),
+    "IQ3_S": TypeBound(0.8, 4.0, 0.3),
+    "IQ3_XXS": TypeBound(0.9, 5.0, 0.3),
+    "Q2_K": TypeBound(1.2, 7.0, 0.5),
+    "IQ2_S": TypeBound(1.2, 7.0, 0.5),
+    "IQ2_XS": TypeBound(1.2, 7.0, 0.5),
+    "IQ2_XXS": TypeBound(1.2, 7.0, 0.5),
+    "TQ2_0": TypeBound(1.3, 8.0, 0.5),
+    "TQ1_0": TypeBound(1.3, 8.0, 0.5),
+    "IQ1_M": TypeBound(1.3, 8.0, 0.5),
+    "IQ1_S": TypeBound(1.3, 8.0, 0.5),
+}
+
+
+def bound_of(quant: str) -> TypeBound:
+    """Return a type's row; raises UsageError for a type that has none, listing those that do."""
+    if quant not in BOUNDS:
+        raise UsageError(f"no bounds for quant type {quant!r}", hint=f"known: {', '.join(BOUNDS)}")
+    return BOUNDS[quant]
+
+
+def file_bound(quants: Iterable[str], predicted_kl: float | None = None) -> FileBound:
+    """Return the bounds of a file with matrices of these types: those of its coarsest type.
+
+    `predicted_kl`, a plan's own prediction of the mean KL, replaces the table's bound on the weights.
+    """
+    rows = [bound_of(quant) for quant in set(quants)]
+    weights = max(row.weights_kl for row in rows)
+    if predicted_kl is not None:
+        weights = PREDICTION_FACTOR * predicted_kl
+    return FileBound(weights, max(row.activations_kl for row in rows))

@@ -1,0 +1,145 @@
+"""The proof as the two commands run it: verify, report, table, verdict, exit code.
+
+`convert` proves what it has just written: it reads the payload's hashes back from the disk, leaves a report
+beside every export, and takes the name away from a file that fails (`*.failed`). `verify` proves a file that
+was made some time ago, by whatever tool: its name stays, whatever comes out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from converters.checkpoint import Checkpoint
+from converters.pipeline import mark_failed, reread_hashes
+from converters.plan import Written
+from converters.proof.record import Check, Figure, Proof, ProofOptions
+from converters.report import build_report, report_path, verdict, write_report
+from converters.terminal import Terminal
+from converters.verify import verify
+from quantize.errors import VerificationError
+
+
+class Choices(Protocol):
+    """The options of the command line that the proof looks at."""
+
+    @property
+    def require_proof(self) -> bool:
+        """Whether a missing runtime is a failure."""
+        ...
+
+    @property
+    def probe_tokens(self) -> int:
+        """Size of the probe text."""
+        ...
+
+    @property
+    def llama_lib(self) -> Path | None:
+        """Another libllama."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where the reference forward runs."""
+        ...
+
+    @property
+    def n_threads(self) -> int:
+        """Worker threads."""
+        ...
+
+
+def prove_written(
+    terminal: Terminal, checkpoint: Checkpoint, exports: Sequence[Written], choices: Choices
+) -> None:
+    """Prove every export, write its report, rename what fails; raises VerificationError if any did."""
+    reports, failures = [], []
+    for written in exports:
+        reread = reread_hashes(written)
+        wrong = ", ".join(reread.differing)
+        check = Check("file", "payload on disk", not reread.differing, detail=wrong or "hashes as written")
+        proof = _prove(terminal, written.paths[0], checkpoint, choices)
+        proof = replace(proof, checks=(check, *proof.checks))
+        report = build_report(
+            checkpoint,
+            proof,
+            plan=written.plan,
+            file_hashes=reread.file_hashes,
+            seconds={"convert": written.seconds},
+        )
+        reports.append(_conclude(terminal, proof, report, report_path(written.paths[0])))
+        if not proof.passed:
+            terminal.result(f"renamed to {', '.join(str(path) for path in mark_failed(written))}")
+            failures += [f"{written.paths[0].name}: {check}" for check in proof.failures]
+    terminal.document({"reports": reports})
+    _raise_if_any(failures)
+
+
+def prove_file(
+    terminal: Terminal, checkpoint: Checkpoint, path: Path, report: Path | None, choices: Choices
+) -> None:
+    """Prove one file that exists; raises VerificationError if it fails."""
+    proof = _prove(terminal, path, checkpoint, choices)
+    document = build_report(checkpoint, proof)
+    beside = report or path.with_name(path.name.removesuffix(".gguf") + ".verify.report.json")
+    terminal.document(_conclude(terminal, proof, document, beside))
+    _raise_if_any([f"{path.name}: {check}" for check in proof.failures])
+
+
+def _prove(terminal: Terminal, path: Path, checkpoint: Checkpoint, choices: Choices) -> Proof:
+    options = ProofOptions(
+        n_tokens=choices.probe_tokens,
+        llama_lib=choices.llama_lib,
+        device=choices.device,
+        n_threads=choices.n_threads,
+        require_runtime=choices.require_proof,
+    )
+    with terminal.stages() as on_progress:
+        return verify(path, checkpoint, options, on_progress)
+
+
+def _raise_if_any(failures: Sequence[str]) -> None:
+    if failures:
+        raise VerificationError("the proof failed", reasons=failures, hint="the report has the details")
+
+
+def _conclude(terminal: Terminal, proof: Proof, report: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Write the report, print tables and verdict, and return the report."""
+    write_report(path, report)
+    checks = [_check_row(check) for check in proof.checks]
+    terminal.table(f"Proof of {proof.paths[0]}", ["layer", "check", ">value", ">bound", "result", ""], checks)
+    columns = [
+        "logits",
+        "positions",
+        ">mean KL",
+        ">median",
+        ">99 %",
+        ">max",
+        ">same top-1",
+        ">perplexity",
+        "",
+    ]
+    terminal.table("", columns, [_figure_row(figure) for figure in proof.figures])
+    if proof.probe_note:
+        terminal.result(f"probe: {proof.probe_note}")
+    terminal.result(f"{verdict(proof)}  (report: {path})")
+    return report
+
+
+def _check_row(check: Check) -> tuple[str, ...]:
+    numbers = ("" if value is None else f"{value:.3g}" for value in (check.value, check.bound))
+    return (check.layer, check.name, *numbers, "ok" if check.passed else "FAILED", check.detail)
+
+
+def _figure_row(figure: Figure) -> tuple[str, ...]:
+    d = figure.divergence
+    kl = (f"{value:.2e}" for value in (d.mean, d.median, d.p99, d.max))
+    top1 = f"{100 * d.top1_agreement:.2f} %"
+    return (
+        figure.pair,
+        figure.positions,
+        *kl,
+        top1,
+        f"{d.perplexity_reference:.4f}",
+        f"-> {d.perplexity_other:.4f}",
+    )

@@ -1,0 +1,190 @@
+"""The proof of a written file, from its first byte to real llama.cpp's logits.
+
+    file       it opens: header, metadata, tensor table and size fit together
+    metadata   its figures and its vocabulary are the checkpoint's, field by field
+    tensors    (a) every tensor against its source, block by block
+    forward    (b) its weights in the reference forward against the checkpoint's, f32 arithmetic on both sides
+    runtime    (c) llama.cpp's logits at every position, its token ids, its view of the metadata
+
+All layers run even if an earlier one fails, so that a lost rope factor and a wrong EOS are both named; only a
+file that does not open ends the proof at once. A fault of the file is a failed check and never an
+exception. `converters.report` writes the result down.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from converters.bounds import FileBound, file_bound
+from converters.checkpoint import Checkpoint
+from converters.gguf_source import GgufFile, open_gguf
+from converters.probe import ProbeRows, probe_rows
+from converters.proof.forward import Sides, compare_forwards, run_forwards
+from converters.proof.metadata import compare_config, compare_vocabulary
+from converters.proof.record import (
+    Check,
+    Figure,
+    Layer,
+    OnProgress,
+    Proof,
+    ProofOptions,
+    RuntimeState,
+    TensorFigures,
+)
+from converters.proof.runtime import Expected, prove_in_runtime
+from converters.proof.tensors import prove_tensors
+from quantize.errors import DscqError
+from quantize.reference import usable_device
+
+__all__ = ["Check", "Proof", "ProofOptions", "verify"]
+
+T = TypeVar("T")
+
+# What a damaged file makes its readers raise: our own errors, or those of the numbers it claims to hold.
+_FAULTS = (DscqError, OSError, ValueError, KeyError, IndexError, RuntimeError)
+
+
+def verify(
+    path: Path,
+    reference: Checkpoint,
+    options: ProofOptions,
+    on_progress: OnProgress = lambda stage, done, total: None,
+) -> Proof:
+    """Prove a GGUF (of several shards the first) against the checkpoint that it was made from.
+
+    `reference` must be opened as for the conversion, `eos` and adapter included. Raises UsageError for a
+    device that is not there; whatever is wrong with the file is a failed check of the result.
+    """
+    usable_device(options.device)
+    proof = _Proof(reference, options, on_progress)
+    with torch_threads(options.n_threads):
+        return _run_layers(path, proof)
+
+
+def _run_layers(path: Path, proof: "_Proof") -> Proof:
+    file = proof.attempt("file", "opens", lambda: open_gguf(path))
+    if file is None:
+        return proof.finished((path,))
+    proof.checks.append(Check("file", "opens", True, detail=f"{len(file.tensor_types)} tensors"))
+    proof.metadata(file)
+    proof.tensors(file)
+    sides = proof.forward(file)
+    proof.runtime(file, sides)
+    return proof.finished(file.paths)
+
+
+@contextmanager
+def torch_threads(n_threads: int) -> Iterator[None]:
+    """Bound the threads of torch's operations for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Proof:
+    """The proof in the making: layers add checks and figures to it."""
+
+    def __init__(self, reference: Checkpoint, options: ProofOptions, on_progress: OnProgress) -> None:
+        self.reference, self.options, self.on_progress = reference, options, on_progress
+        self.probe: ProbeRows = probe_rows(
+            reference.tokenizer,
+            n_tokens=options.n_tokens,
+            context_length=reference.config.context_length,
+        )
+        self.checks: list[Check] = []
+        self.figures: list[Figure] = []
+        self.compared: tuple[TensorFigures, ...] = ()
+        self.quant_types: dict[str, int] = {}
+        self.state = RuntimeState()
+        self.seconds: dict[str, float] = {}
+
+    def attempt(self, layer: Layer, name: str, work: Callable[[], T]) -> T | None:
+        """Return what `work` returns; its failure becomes a failed check, and None."""
+        with self._timed(layer):
+            try:
+                return work()
+            except _FAULTS as error:
+                self.checks.append(Check(layer, name, False, detail=str(error) or type(error).__name__))
+                return None
+
+    @contextmanager
+    def _timed(self, layer: Layer) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[layer] = self.seconds.get(layer, 0.0) + time.monotonic() - started
+
+    def metadata(self, file: GgufFile) -> None:
+        """Compare figures and vocabulary."""
+        self.checks += compare_config(file.config, self.reference.config)
+        expected = self.reference.tokenizer.vocabulary
+        compared = self.attempt(
+            "metadata", "vocabulary", lambda: compare_vocabulary(file.vocabulary, expected)
+        )
+        self.checks += compared or ()
+
+    def tensors(self, file: GgufFile) -> None:
+        """Layer (a)."""
+        matrices = [file.tensor_types[n] for n, spec in file.weights.specs().items() if len(spec.shape) > 1]
+        self.quant_types = {quant: matrices.count(quant) for quant in sorted(set(matrices))}
+        done = self.attempt(
+            "tensors",
+            "readable",
+            lambda: prove_tensors(
+                file, self.reference, n_threads=self.options.n_threads, on_progress=self.on_progress
+            ),
+        )
+        if done is not None:
+            self.checks += done.checks
+            self.compared = done.tensors
+
+    def forward(self, file: GgufFile) -> Sides | None:
+        """Layer (b); None if there is nothing to compare logits with."""
+
+        def work() -> Sides:
+            rows = [row.ids for row in self.probe.rows]
+            sides = run_forwards(file, self.reference, rows, self.options, self.on_progress)
+            checks, figures = compare_forwards(sides, self._bound())
+            self.checks += checks
+            self.figures += figures
+            return sides
+
+        return self.attempt("forward", "runs", work)
+
+    def runtime(self, file: GgufFile, sides: Sides | None) -> None:
+        """Layer (c)."""
+        expected = Expected(self.reference.config, self.reference.tokenizer)
+        done = self.attempt(
+            "runtime",
+            "runs the file",
+            lambda: prove_in_runtime(
+                file.paths[0], expected, sides, self._bound(), self.options, self.on_progress
+            ),
+        )
+        if done is not None:
+            self.checks += done.checks
+            self.figures += done.figures
+            self.state = done.state
+
+    def _bound(self) -> FileBound:
+        return file_bound(self.quant_types, self.options.predicted_kl)
+
+    def finished(self, paths: tuple[Path, ...]) -> Proof:
+        """Return the record of everything so far."""
+        return Proof(
+            paths=paths,
+            checks=tuple(self.checks),
+            quant_types=self.quant_types,
+            tensors=self.compared,
+            figures=tuple(self.figures),
+            runtime=self.state,
+            rows=tuple(len(row.ids) for row in self.probe.rows),
+            probe_note=self.probe.note,
+            seconds=self.seconds,
+        )

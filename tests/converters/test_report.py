@@ -1,0 +1,96 @@
+"""The report: complete, plain JSON whatever the figures are, and whole or not there."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.proof.record import Check, Figure, Proof, RuntimeState, TensorFigures
+from converters.report import build_report, report_path, verdict, write_report
+from quantize.errors import OutputError
+from quantize.fidelity import BlockOutlier, BlockReport
+from quantize.metrics import Divergence
+
+DIVERGENCE = Divergence(10, 1e-6, 1e-7, 2e-6, math.inf, 0.9, 12.0, math.nan)
+OUTLIER = BlockOutlier(3, 1, math.inf, 2.0)
+GOOD = Check("forward", "mean KL checkpoint -> file", True, 1e-6, 1e-5)
+BAD = Check("metadata", "eos_id", False, detail="the file says 7, the checkpoint 2")
+PROVEN = RuntimeState("proven", "xllamacpp 1", "AVX2 = 1")
+
+
+def proof(*checks: Check, runtime: RuntimeState = PROVEN) -> Proof:
+    return Proof(
+        paths=(Path("/out/model-F16.gguf"),),
+        checks=checks,
+        quant_types={"F16": 8},
+        tensors=(TensorFigures("model.norm.weight", "F32", BlockReport(1, 0.0, 1.0, 0.0, 1, (OUTLIER,))),),
+        figures=(Figure("checkpoint -> file", "all", DIVERGENCE),),
+        runtime=runtime,
+        rows=(4352, 256),
+        seconds={"forward": 1.5},
+    )
+
+
+@pytest.fixture
+def checkpoint(make_checkpoint: Callable[..., Path]) -> Checkpoint:
+    return open_checkpoint(make_checkpoint("my-model"))
+
+
+def test_report_holds_everything(checkpoint: Checkpoint) -> None:
+    report = build_report(
+        checkpoint, proof(GOOD, BAD), file_hashes={"model-F16.gguf": "ab"}, seconds={"convert": 2.0}
+    )
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["source"]["name"] == "my-model"
+    assert report["files"] == {"model-F16.gguf": "ab"}
+    assert report["seconds"] == {"convert": 2.0, "forward": 1.5}
+    assert report["config"]["rope_factor"] == 4.0
+    found = report["proof"]
+    assert found["passed"] is False
+    assert [check["name"] for check in found["checks"]] == ["mean KL checkpoint -> file", "eos_id"]
+    assert found["figures"][0]["mean"] == 1e-6
+    assert (found["figures"][0]["max"], found["figures"][0]["perplexity_other"]) == ("inf", "nan")
+    assert found["tensors"][0]["outliers"][0]["times_expected"] == "inf"
+    assert found["probe_rows"] == [4352, 256]
+    assert {"python", "torch", "numpy", "gguf"} <= set(report["environment"])
+
+
+def test_no_path_of_this_machine_is_in_the_report(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    assert str(tmp_path) not in json.dumps(build_report(checkpoint, proof(GOOD)))
+
+
+def test_report_without_a_proof(checkpoint: Checkpoint) -> None:
+    assert build_report(checkpoint, None)["proof"] is None
+
+
+def test_verdicts() -> None:
+    assert verdict(proof(GOOD)) == "proven, in xllamacpp 1"
+    assert verdict(proof(GOOD, BAD)) == "failed: metadata: eos_id"
+    unproven = RuntimeState("unproven in the runtime", hint='pip install "dscq[llama]"')
+    assert verdict(proof(GOOD, runtime=unproven)) == 'unproven in the runtime: pip install "dscq[llama]"'
+
+
+def test_checks_name_themselves() -> None:
+    assert str(BAD) == "metadata: eos_id: the file says 7, the checkpoint 2"
+    assert str(GOOD) == "forward: mean KL checkpoint -> file 1e-06 (bound 1e-05)"
+
+
+def test_written_whole_and_beside_the_file(tmp_path: Path) -> None:
+    path = report_path(tmp_path / "model-F16.gguf")
+    assert path == tmp_path / "model-F16.report.json"
+    write_report(path, {"schema": 1, "name": "ü"})
+    assert json.loads(path.read_text("utf-8")) == {"schema": 1, "name": "ü"}
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_report_of_shards_has_one_name(tmp_path: Path) -> None:
+    path = report_path(tmp_path / "model-F16-00001-of-00003.gguf")
+    assert path == tmp_path / "model-F16.report.json"
+
+
+def test_a_folder_that_is_not_there_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_report(tmp_path / "absent" / "x.report.json", {})
