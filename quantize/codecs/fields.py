@@ -21,8 +21,10 @@ def _nothing() -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Fields:
-    """What B blocks say: `d` and `dmin` float32 (B,) that are exact in half precision once they are packed,
+    """What B blocks say: `d` and `dmin` float32 (B,), rounded to half precision when they are packed,
     `codes` uint8 (B, block_size), `scales` and `mins` of S sub-blocks (B, S), uint8 or, where signed, int8.
+    The types with a grid of points have in `codes` the points' numbers, int16, and in `signs` a byte for
+    every eight weights (or what else the layout says).
 
     A layout that lacks a field leaves it empty.
     """
@@ -32,6 +34,7 @@ class Fields:
     scales: torch.Tensor = field(default_factory=_nothing)
     dmin: torch.Tensor = field(default_factory=_nothing)
     mins: torch.Tensor = field(default_factory=_nothing)
+    signs: torch.Tensor = field(default_factory=_nothing)
 
 
 class FieldCodec(Codec):

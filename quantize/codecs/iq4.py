@@ -42,7 +42,7 @@ class IQ4_NL(FieldCodec):
 
     name, ggml_type, file_type = "IQ4_NL", 20, 25
     block_size, block_bytes = 32, 18
-    overflow = 65504.0 * 64
+    overflow = 65504.0 * 16
 
     def search(self, rows: torch.Tensor, importance: torch.Tensor | None) -> Fields:
         """Return the fields that the search finds."""

@@ -129,7 +129,7 @@ class Q4_0(_Centred):
 
     name, ggml_type, file_type = "Q4_0", 2, 2
     block_bytes, bits = 18, 4
-    overflow = 65520.0 * 7
+    overflow = 65504.0 * 4
 
 
 class Q4_1(_Based):
@@ -145,7 +145,7 @@ class Q5_0(_Centred):
 
     name, ggml_type, file_type = "Q5_0", 6, 8
     block_bytes, bits = 22, 5
-    overflow = 65520.0 * 15
+    overflow = 65504.0 * 8
 
 
 class Q5_1(_Based):

@@ -140,13 +140,14 @@ def affine(
 
 
 @native
-def _misses(x: Floats, weights: Floats, inverse: Floats, limit: int, error: Floats) -> None:
-    """Set Σ w (x - l / inverse)² for the codes l of one inverse scale a lane."""
+def _misses(x: Floats, weights: Floats, inverse: Floats, limit: int, wrap: bool, error: Floats) -> None:
+    """Set Σ w (x - l / inverse)² for the codes l of one inverse scale a lane, cut to a byte if `wrap`."""
     for lane in range(LANES):
         error[lane] = ZERO
     for i in range(len(x)):
         for lane in range(LANES):
-            code = np.float32(min(nearest(inverse[lane] * x[i, lane]), np.int32(limit)))
+            code = min(nearest(inverse[lane] * x[i, lane]), np.int32(limit))
+            code = np.float32(np.uint8(code) if wrap else code)
             miss = x[i, lane] - ONE / inverse[lane] * code
             error[lane] += weights[i, lane] * miss * miss
 
@@ -165,19 +166,20 @@ def _positive_start(
     for lane in range(LANES):
         inverse[lane] = np.float32(top) / largest[lane]
         sum_lx[lane] = sum_ll[lane] = ZERO
-    _misses(x, weights, inverse, 1 << 22, best)
+    _misses(x, weights, inverse, 1 << 22, True, best)
     for k in range(-4, 5):
         for lane in range(LANES):
             rung[lane] = (np.float32(0.1) * np.float32(k) + np.float32(top)) / largest[lane]
-        _misses(x, weights, rung, top, error)
+        _misses(x, weights, rung, top, False, error)
         for lane in range(LANES):
             wins = (error[lane] < best[lane]) & (k != 0)
             best[lane] = error[lane] if wins else best[lane]
             inverse[lane] = rung[lane] if wins else inverse[lane]
     for i in range(len(x)):
         for lane in range(LANES):
-            code = np.float32(min(nearest(inverse[lane] * x[i, lane]), np.int32(top)))
-            trial[i, lane] = code
+            rounded = min(nearest(inverse[lane] * x[i, lane]), np.int32(top))
+            code = np.float32(rounded)
+            trial[i, lane] = np.float32(np.uint8(rounded))
             sum_lx[lane] += weights[i, lane] * x[i, lane] * code
             sum_ll[lane] += weights[i, lane] * code * code
 
@@ -187,7 +189,8 @@ def positive(x: Floats, weights: Floats, top: int, codes: Bytes, scale: Floats) 
     """Search each lane for codes 0..top and a scale of numbers that are not negative: the sub-blocks' scales.
 
     The best of nine inverse scales, then up to five passes in which each code may move to where it is best
-    with all others held (ggml `make_qp_quants`).
+    with all others held (ggml `make_qp_quants`). A code is kept as a byte: where a type hands in a number
+    below zero all the same, ggml's codes wrap, and so do these.
     """
     trial, sum_lx, sum_ll, largest = float_tile(len(x)), lanes(), lanes(), lanes()
     _positive_start(x, weights, top, trial, sum_lx, sum_ll, largest)
@@ -198,12 +201,13 @@ def positive(x: Floats, weights: Floats, top: int, codes: Bytes, scale: Floats) 
                 value, weight, old = x[i, lane], weights[i, lane], trial[i, lane]
                 rest_lx = sum_lx[lane] - weight * value * old
                 rest_ll = sum_ll[lane] - weight * old * old
-                new = np.float32(min(nearest(value * rest_ll / rest_lx), np.int32(top)))
+                rounded = min(nearest(value * rest_ll / rest_lx), np.int32(top))
+                new = np.float32(rounded)
                 new_lx = rest_lx + weight * value * new
                 new_ll = rest_ll + weight * new * new
                 better = new_lx * new_lx * sum_ll[lane] > sum_lx[lane] * sum_lx[lane] * new_ll
                 moved = (rest_lx > ZERO) & (rest_ll > ZERO) & (new != old) & better
-                trial[i, lane] = new if moved else old
+                trial[i, lane] = np.float32(np.uint8(rounded)) if moved else old
                 sum_lx[lane] = new_lx if moved else sum_lx[lane]
                 sum_ll[lane] = new_ll if moved else sum_ll[lane]
                 moves += 1 if moved else 0
