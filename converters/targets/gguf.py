@@ -38,7 +38,7 @@ class GgufTarget:
     @property
     def quants(self) -> Sequence[str]:
         """Every type that has a codec."""
-        return tuple(CODECS)
+        return tuple(name for name, kind in CODECS.items() if kind.writable)
 
     def check(self, checkpoint: Checkpoint, request: Request) -> list[str]:
         """Return what stands against an export: a name that is no file name, odd heads, odd tokens."""
