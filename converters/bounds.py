@@ -63,8 +63,8 @@ class FileBound:
 # The float types' own loss: bf16 weights fit F16 but for the smallest (1e-11 measured); f32 weights in F16
 # lose 2e-6, in BF16 1e-4 (from Q8_0's, by the squares of the relative errors). The runtime's, on that model:
 # F32 4e-7 (keys and values are kept as f16), F16 2.6e-6, BF16 9e-5, Q8_0 3e-3, Q4_K_M 2e-2; on the embedded
-# model 5e-8, 3e-7, 5e-6, 2e-4. Coarser types round activations alike, in models that are more upset by it. The
-# float types' bounds leave models room that are tenfold more sensitive than that one.
+# model 5e-8, 3e-7, 5e-6, 2e-4. Coarser types round activations alike, in models that are more upset by it.
+# The float types' bounds leave models room that are tenfold more sensitive than that one.
 BOUNDS = {
     "F32": TypeBound(0.0, 1e-8, 1e-4),
     "F16": TypeBound(0.001, 1e-4, 1e-4),
