@@ -119,7 +119,7 @@ def _read_gguf(path: Path) -> _Read:
         raise ImatrixError(f"{path}: no imatrix", reasons=reasons[:_MOST_NAMED], hint=hint)
     rows = {name: _means(_floats(head, sums[name]), _floats(head, counts[name])) for name in sums}
     datasets = head.metadata["imatrix.datasets"]
-    return _Read(rows, datasets[0] if datasets else "", head.metadata["imatrix.chunk_count"])
+    return _Read(rows, str(datasets[0]) if datasets else "", head.metadata["imatrix.chunk_count"])
 
 
 def _gguf_faults(

@@ -179,18 +179,19 @@ class GgufTypes:
         for name in self._without_importances():
             role, quant = self._role(name), self.choices[name].quant
             if requires_importances(self.recipe, role, quant):
-                groups.setdefault(
-                    (gguf_name(name) if role in (OUTPUT, TOKEN_EMBD) else role, quant), []
-                ).append(gguf_name(name))
-        for (role, quant), names in groups.items():
-            yield f"{quant} needs an imatrix: {self._lacking(role, names)}"
+                # Of the embedding of a tied head, the role is the output: the tensor's name is what tells.
+                label = gguf_name(name) if role in (OUTPUT, TOKEN_EMBD) else role
+                groups.setdefault((label, quant), []).append(gguf_name(name))
+        for (label, quant), names in groups.items():
+            yield f"{quant} needs an imatrix: {self._lacking(label, names)}"
 
     def _lacking(self, role: str, names: Sequence[str]) -> str:
-        if role == gguf_name(EMBEDDING):
-            return f"{role}, which an imatrix never has: --token-embedding-type Q2_K, for example"
-        which = role if role in names else f"{role} of {len(names)} layers"
+        options = {"token_embd.weight": "--token-embedding-type", "output.weight": "--output-tensor-type"}
+        if role in options:
+            return f"{role}, which an imatrix seldom has: give it another type, {options[role]} Q4_K"
+        which = f"{role} of {len(names)} layer{'s' if len(names) > 1 else ''}"
         if self.options.importances is None:
-            return f"{which}: give one with --imatrix, or choose a recipe of 3 bits or more"
+            return f"{which}: give one with --imatrix, or choose Q2_K, IQ3_S or a larger recipe"
         return f"{which}: {self.options.importances.file} has no entry for {_some(names)}"
 
     def _importance_notes(self) -> Iterator[str]:
