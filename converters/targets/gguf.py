@@ -37,8 +37,8 @@ class GgufTarget:
 
     @property
     def quants(self) -> Sequence[str]:
-        """Every type that has a codec."""
-        return tuple(name for name, kind in CODECS.items() if kind.writable)
+        """Every type that a whole file can be of without importances or a mix of types."""
+        return tuple(name for name, kind in CODECS.items() if kind.writable and not kind.uses_importance)
 
     def check(self, checkpoint: Checkpoint, request: Request) -> list[str]:
         """Return what stands against an export: a name that is no file name, odd heads, odd tokens."""
