@@ -18,6 +18,9 @@ from pathlib import Path
 from quantize.errors import OutputError
 
 PARTIAL = ".partial"
+# Bytes per write. Larger ones make Linux look for large runs of free pages for its cache: measured on ext4,
+# the same data takes three to four times the processor time in writes of 2 MiB.
+_WRITE_BYTES = 1 << 17
 
 _CAUSES = {
     errno.ENOSPC: "the disk is full",
@@ -74,7 +77,7 @@ class PartialFile:
         view = memoryview(data)
         with explained(self.path):
             while view:
-                n_written = os.pwrite(self._file, view, offset)
+                n_written = os.pwrite(self._file, view[:_WRITE_BYTES], offset)
                 view, offset = view[n_written:], offset + n_written
 
     def flush(self) -> None:

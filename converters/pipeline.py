@@ -63,7 +63,8 @@ def convert(
 
 def plan_exports(checkpoint: Checkpoint, requests: Sequence[Request], options: ConvertOptions) -> list[Plan]:
     """Return every request's plan; raises PlanError with the reasons against any of them."""
-    reasons = [
+    reasons = _weight_faults(checkpoint)
+    reasons += [
         f"{request}: {reason}"
         for request in requests
         for reason in TARGETS[request.format].check(checkpoint, request)
@@ -72,6 +73,17 @@ def plan_exports(checkpoint: Checkpoint, requests: Sequence[Request], options: C
     if reasons:
         raise PlanError("this checkpoint cannot be written so", reasons=reasons)
     return [TARGETS[request.format].plan(checkpoint, request, options) for request in requests]
+
+
+def _weight_faults(checkpoint: Checkpoint) -> list[str]:
+    """Compare the weights with the config: what is not there would otherwise be written as zeros."""
+    specs, faults = checkpoint.weights.specs(), []
+    for name, shape in checkpoint.config.tensor_shapes().items():
+        if name not in specs:
+            faults.append(f"tensor {name} is missing")
+        elif specs[name].shape != shape:
+            faults.append(f"tensor {name} is {list(specs[name].shape)}, expected {list(shape)}")
+    return faults
 
 
 def check_destination(plans: Sequence[Plan], options: ConvertOptions) -> None:

@@ -16,7 +16,7 @@ from converters.plan import Written
 from converters.proof.record import Check, Figure, Proof, ProofOptions
 from converters.report import build_report, report_path, verdict, write_report
 from converters.terminal import Terminal
-from converters.verify import verify
+from converters.verify import Verifier
 from quantize.errors import VerificationError
 
 
@@ -54,19 +54,9 @@ def prove_written(
 ) -> None:
     """Prove every export, write its report, rename what fails; raises VerificationError if any did."""
     reports, failures = [], []
+    verifier = _verifier(checkpoint, choices)
     for written in exports:
-        reread = reread_hashes(written)
-        wrong = ", ".join(reread.differing)
-        check = Check("file", "payload on disk", not reread.differing, detail=wrong or "hashes as written")
-        proof = _prove(terminal, written.paths[0], checkpoint, choices)
-        proof = replace(proof, checks=(check, *proof.checks))
-        report = build_report(
-            checkpoint,
-            proof,
-            plan=written.plan,
-            file_hashes=reread.file_hashes,
-            seconds={"convert": written.seconds},
-        )
+        proof, report = _prove_export(terminal, verifier, written)
         reports.append(_conclude(terminal, proof, report, report_path(written.paths[0])))
         if not proof.passed:
             terminal.result(f"renamed to {', '.join(str(path) for path in mark_failed(written))}")
@@ -75,18 +65,39 @@ def prove_written(
     _raise_if_any(failures)
 
 
+def _prove_export(terminal: Terminal, verifier: Verifier, written: Written) -> tuple[Proof, dict[str, Any]]:
+    """Read an export's hashes back and prove it; return the proof and its report."""
+    reread = reread_hashes(written)
+    wrong = ", ".join(reread.differing)
+    check = Check("file", "payload on disk", not reread.differing, detail=wrong or "hashes as written")
+    with terminal.stages() as on_progress:
+        proof = verifier.verify(written.paths[0], on_progress)
+    proof = replace(proof, checks=(check, *proof.checks))
+    report = build_report(
+        verifier.reference,
+        proof,
+        plan=written.plan,
+        file_hashes=reread.file_hashes,
+        seconds={"convert": written.seconds},
+    )
+    return proof, report
+
+
 def prove_file(
     terminal: Terminal, checkpoint: Checkpoint, path: Path, report: Path | None, choices: Choices
 ) -> None:
     """Prove one file that exists; raises VerificationError if it fails."""
-    proof = _prove(terminal, path, checkpoint, choices)
+    with terminal.stages() as on_progress:
+        proof = _verifier(checkpoint, choices).verify(path, on_progress)
     document = build_report(checkpoint, proof)
     beside = report or path.with_name(path.name.removesuffix(".gguf") + ".verify.report.json")
     terminal.document(_conclude(terminal, proof, document, beside))
-    _raise_if_any([f"{path.name}: {check}" for check in proof.failures])
+    hint = "if the file was made with --eos completion, say --eos completion here too"
+    eos_differs = any(check.name == "eos_id" for check in proof.failures)
+    _raise_if_any([f"{path.name}: {check}" for check in proof.failures], hint if eos_differs else "")
 
 
-def _prove(terminal: Terminal, path: Path, checkpoint: Checkpoint, choices: Choices) -> Proof:
+def _verifier(checkpoint: Checkpoint, choices: Choices) -> Verifier:
     options = ProofOptions(
         n_tokens=choices.probe_tokens,
         llama_lib=choices.llama_lib,
@@ -94,13 +105,14 @@ def _prove(terminal: Terminal, path: Path, checkpoint: Checkpoint, choices: Choi
         n_threads=choices.n_threads,
         require_runtime=choices.require_proof,
     )
-    with terminal.stages() as on_progress:
-        return verify(path, checkpoint, options, on_progress)
+    return Verifier(checkpoint, options)
 
 
-def _raise_if_any(failures: Sequence[str]) -> None:
+def _raise_if_any(failures: Sequence[str], hint: str = "") -> None:
     if failures:
-        raise VerificationError("the proof failed", reasons=failures, hint="the report has the details")
+        raise VerificationError(
+            "the proof failed", reasons=failures, hint=hint or "the report has the details"
+        )
 
 
 def _conclude(terminal: Terminal, proof: Proof, report: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -31,6 +31,10 @@ from converters.tokenizer_checks import bpe_model, conflicts, refuse_damaged
 from converters.vocabulary import TokenType, Vocabulary
 from quantize.errors import TokenizerError
 
+_NFC: Final = (
+    "this tokenizer puts text into the normal form NFC, llama.cpp does not: other text gets other ids"
+)
+
 
 def _byte_spelling() -> dict[str, int]:
     """Map the character that spells a byte to the byte: itself where printable, else from U+0100 on."""
@@ -135,7 +139,10 @@ def read_tokenizer(folder: Path, n_rows: int, *, eos: EosRule = "model") -> Chec
         raise TokenizerError(f"the tokenizer in {folder} cannot be exported", reasons=reasons)
     tokens, types = _rows(ids, added, roles, n_rows)
     vocabulary = _vocabulary(tokens, types, _merges(model), pre, roles)
-    return _running(vocabulary, files.tokenizer_json, roles.notes)
+    notes = (
+        roles.notes if not files.tokenizer.get("normalizer") or not KNOWN[pre].nfc else (*roles.notes, _NFC)
+    )
+    return _running(vocabulary, files.tokenizer_json, notes)
 
 
 def _vocabulary(

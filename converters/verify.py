@@ -23,7 +23,7 @@ from converters.bounds import FileBound, file_bound
 from converters.checkpoint import Checkpoint
 from converters.gguf_source import GgufFile, open_gguf
 from converters.probe import ProbeRows, probe_rows
-from converters.proof.forward import Sides, compare_forwards, run_forwards
+from converters.proof.forward import Side, Sides, compare_forwards, run_forward
 from converters.proof.metadata import compare_config, compare_vocabulary
 from converters.proof.record import (
     Check,
@@ -38,14 +38,48 @@ from converters.proof.record import (
 from converters.proof.runtime import Expected, prove_in_runtime
 from converters.proof.tensors import prove_tensors
 from quantize.errors import DscqError
-from quantize.reference import usable_device
+from quantize.reference import ReferenceModel, usable_device
 
-__all__ = ["Check", "Proof", "ProofOptions", "verify"]
+__all__ = ["Check", "Proof", "ProofOptions", "Verifier", "verify"]
 
 T = TypeVar("T")
 
 # What a damaged file makes its readers raise: our own errors, or those of the numbers it claims to hold.
 _FAULTS = (DscqError, OSError, ValueError, KeyError, IndexError, RuntimeError)
+
+
+class Verifier:
+    """Proves files of one checkpoint. The checkpoint's own forward is made once and serves all of them.
+
+    `reference` must be opened as for the conversion, `eos` and adapter included. Raises UsageError for a
+    device that is not there.
+    """
+
+    def __init__(self, reference: Checkpoint, options: ProofOptions) -> None:
+        usable_device(options.device)
+        self.reference, self.options = reference, options
+        self.probe: ProbeRows = probe_rows(
+            reference.tokenizer,
+            n_tokens=options.n_tokens,
+            context_length=reference.config.context_length,
+        )
+        self.rows = tuple(torch.tensor(row.ids, dtype=torch.int64) for row in self.probe.rows)
+        self._checkpoint_side: Side | None = None
+
+    def sides(self, file: GgufFile, on_progress: OnProgress) -> Sides:
+        """Return both forwards over the probe, each by its own side's figures."""
+        if self._checkpoint_side is None:
+            model = ReferenceModel(self.reference.config, self.reference.weights, self.options.device)
+            self._checkpoint_side = run_forward("forward of the checkpoint", model, self.rows, on_progress)
+        model = ReferenceModel(file.config, file.weights, self.options.device)
+        side = run_forward("forward of the file", model, self.rows, on_progress)
+        return Sides(self.rows, self._checkpoint_side, side)
+
+    def verify(self, path: Path, on_progress: OnProgress = lambda stage, done, total: None) -> Proof:
+        """Prove a GGUF (of several shards the first); what is wrong with it is a failed check."""
+        proof = _Proof(self, on_progress)
+        with torch_threads(self.options.n_threads):
+            return _run_layers(path, proof)
 
 
 def verify(
@@ -54,15 +88,8 @@ def verify(
     options: ProofOptions,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Proof:
-    """Prove a GGUF (of several shards the first) against the checkpoint that it was made from.
-
-    `reference` must be opened as for the conversion, `eos` and adapter included. Raises UsageError for a
-    device that is not there; whatever is wrong with the file is a failed check of the result.
-    """
-    usable_device(options.device)
-    proof = _Proof(reference, options, on_progress)
-    with torch_threads(options.n_threads):
-        return _run_layers(path, proof)
+    """Prove one file: see `Verifier`."""
+    return Verifier(reference, options).verify(path, on_progress)
 
 
 def _run_layers(path: Path, proof: "_Proof") -> Proof:
@@ -91,13 +118,9 @@ def torch_threads(n_threads: int) -> Iterator[None]:
 class _Proof:
     """The proof in the making: layers add checks and figures to it."""
 
-    def __init__(self, reference: Checkpoint, options: ProofOptions, on_progress: OnProgress) -> None:
-        self.reference, self.options, self.on_progress = reference, options, on_progress
-        self.probe: ProbeRows = probe_rows(
-            reference.tokenizer,
-            n_tokens=options.n_tokens,
-            context_length=reference.config.context_length,
-        )
+    def __init__(self, verifier: Verifier, on_progress: OnProgress) -> None:
+        self.verifier, self.on_progress = verifier, on_progress
+        self.reference, self.options = verifier.reference, verifier.options
         self.checks: list[Check] = []
         self.figures: list[Figure] = []
         self.compared: tuple[TensorFigures, ...] = ()
@@ -110,6 +133,11 @@ class _Proof:
         with self._timed(layer):
             try:
                 return work()
+            except torch.OutOfMemoryError as error:  # no fault of the file
+                raise DscqError(
+                    f"the proof does not fit the memory of {self.options.device}",
+                    hint="--device cpu, or fewer --probe-tokens",
+                ) from error
             except _FAULTS as error:
                 self.checks.append(Check(layer, name, False, detail=str(error) or type(error).__name__))
                 return None
@@ -148,8 +176,7 @@ class _Proof:
         """Layer (b); None if there is nothing to compare logits with."""
 
         def work() -> Sides:
-            rows = [row.ids for row in self.probe.rows]
-            sides = run_forwards(file, self.reference, rows, self.options, self.on_progress)
+            sides = self.verifier.sides(file, self.on_progress)
             checks, figures = compare_forwards(sides, self._bound())
             self.checks += checks
             self.figures += figures
@@ -184,7 +211,7 @@ class _Proof:
             tensors=self.compared,
             figures=tuple(self.figures),
             runtime=self.state,
-            rows=tuple(len(row.ids) for row in self.probe.rows),
-            probe_note=self.probe.note,
+            rows=tuple(len(row.ids) for row in self.verifier.probe.rows),
+            probe_note=self.verifier.probe.note,
             seconds=self.seconds,
         )

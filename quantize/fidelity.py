@@ -43,6 +43,7 @@ MOST_LISTED = 8
 # Chunks of this many weights stay in the cache, and below torch's limit for splitting an operation among
 # threads, which costs more than it gains at this size (five times as much on a busy machine).
 CHUNK_WEIGHTS = 32_768
+SAMPLE = 65_536
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def check_blocks(source: torch.Tensor, decoded: torch.Tensor, block_size: int) -
     expected = _expected_error(norms.error)
     relative = _ratio(norms.error, norms.source)
     faulty = _faulty(norms, expected, relative)
-    visible = norms.error >= _typical(norms.error.flatten())
+    visible = norms.error >= _typical_of_all(norms.error)
     return BlockReport(
         n_blocks=faulty.numel(),
         relative_error=_ratio(norms.error.double().norm(), norms.source.double().norm()).item(),
@@ -190,9 +191,16 @@ def _typical(values: torch.Tensor, dim: int = 0) -> torch.Tensor:
     return values.masked_fill(values == 0, float("nan")).nanmedian(dim).values.nan_to_num(0.0)
 
 
+def _typical_of_all(values: torch.Tensor) -> torch.Tensor:
+    """The tensor's typical value; of a large one, from every n-th row: a median is slow to find."""
+    # An odd step, so that it does not meet the same row of every head.
+    step = max(1, values.numel() // SAMPLE) | 1
+    return _typical(values[::step].flatten())
+
+
 def _expected_error(error: torch.Tensor) -> torch.Tensor:
     """E of every block. A row or column of fewer than four blocks says nothing about its own scale."""
-    tensor = _typical(error.flatten())
+    tensor = _typical_of_all(error)
     row = _typical(error, 1)[:, None] if error.shape[1] >= 4 else tensor
     column = _typical(error, 0)[None] if error.shape[0] >= 4 else tensor
     expected = torch.maximum(row, column).clamp_min(tensor)
@@ -202,7 +210,7 @@ def _expected_error(error: torch.Tensor) -> torch.Tensor:
 def _faulty(norms: _Norms, expected: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
     error = norms.error
     cosine = _ratio(norms.dot(), norms.source * norms.decoded)
-    typical_relative = _typical(relative.flatten())
+    typical_relative = _typical_of_all(relative)
     opposed = (error > OPPOSED_ERROR * expected) & (cosine < OPPOSED_COSINE)
     far = (error > FAR_ERROR * expected) & (relative > FAR_RELATIVE)
     fine = (error > FINE_FACTOR * expected) & (relative > FINE_FACTOR * typical_relative)

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from converters.cli import main
 from converters.config import read_config
 from quantize.llama import LlamaConfig
 
@@ -18,7 +21,11 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "scripts" / "demo-coder"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
+# On cores that something else uses too, two threads of OpenMP wait for each other longer than one works.
+torch.set_num_threads(1)
+
 MakeCheckpoint = Callable[..., Path]
+Run = Callable[..., "Done"]
 
 
 @pytest.fixture(scope="session")
@@ -83,3 +90,28 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
         return folder
 
     return make
+
+
+class Done:
+    """What a run of `dscq` left: exit code and both streams."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a runner of `dscq` with arguments, in this process."""
+
+    def call(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["dscq", *map(str, arguments)])
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as end:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        streams = capsys.readouterr()
+        return Done(int(end.value.code or 0), streams.out, streams.err)
+
+    return call

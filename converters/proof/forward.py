@@ -10,9 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from converters.bounds import FileBound
-from converters.checkpoint import Checkpoint
-from converters.gguf_source import GgufFile
-from converters.proof.record import LATE, Check, Figure, Layer, OnProgress, ProofOptions
+from converters.proof.record import LATE, Check, Figure, Layer, OnProgress
 from quantize.metrics import Comparison, chunks
 from quantize.reference import ReferenceModel
 
@@ -43,23 +41,14 @@ class Sides:
     file: Side
 
 
-def run_forwards(
-    file: GgufFile,
-    reference: Checkpoint,
-    rows: Sequence[Sequence[int]],
-    options: ProofOptions,
+def run_forward(
+    stage: str,
+    model: ReferenceModel,
+    rows: Sequence[torch.Tensor],
     on_progress: OnProgress,
-) -> Sides:
-    """Push the rows through the checkpoint's weights and through the file's."""
-    tensors = tuple(torch.tensor(row, dtype=torch.int64) for row in rows)
-    sides = []
-    for stage, config, weights in (
-        ("forward of the checkpoint", reference.config, reference.weights),
-        ("forward of the file", file.config, file.weights),
-    ):
-        model = ReferenceModel(config, weights, options.device)
-        sides.append(Side(model, tuple(model.hidden(tensors, _reporter(on_progress, stage)))))
-    return Sides(tensors, *sides)
+) -> Side:
+    """Push rows of ids, int64, through a model; `stage` is what the progress calls it."""
+    return Side(model, tuple(model.hidden(rows, _reporter(on_progress, stage))))
 
 
 def _reporter(on_progress: OnProgress, stage: str) -> Callable[[int, int], None]:

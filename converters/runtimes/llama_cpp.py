@@ -75,7 +75,7 @@ class LlamaCpp:
             raise RuntimeMissingError(
                 f"--llama-lib {library}: no such file", hint="give the path of a libllama"
             )
-        self.library = library or _wheel_library()
+        self.library = _wheel_library() if library is None else library.resolve()
         self.version = f"{PACKAGE} {importlib.metadata.version(PACKAGE)}" if library is None else str(library)
 
     def open(self, path: Path, *, n_ctx: int, n_threads: int) -> "Session":

@@ -8,39 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from converters.cli import main
-
 MakeCheckpoint = Callable[..., Path]
-Run = Callable[..., "Done"]
-
-
-class Done:
-    """What a run of `dscq` left: exit code and both streams."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Return a runner of `dscq` with arguments, in this process."""
-
-    def call(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["dscq", *map(str, arguments)])
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as end:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        streams = capsys.readouterr()
-        return Done(int(end.value.code or 0), streams.out, streams.err)
-
-    return call
+Run = Callable[..., Any]
 
 
 def test_convert_writes_what_was_asked_and_says_so(

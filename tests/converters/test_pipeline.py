@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from converters.disk import PartialFile
 from converters.gguf_source import open_gguf
 from converters.pipeline import TensorDone, convert, mark_failed, reread_hashes
 from converters.plan import ConvertOptions, Request, Written
+from converters.runtimes.llama_cpp import LlamaCpp
 from converters.targets import TARGETS
 from quantize.codecs import codec
 from quantize.errors import CheckpointError, OutputError, PlanError
@@ -247,6 +249,18 @@ def test_all_reasons_against_all_requests_come_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_are_not_those_of_the_config_are_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    tensors = _in_memory(checkpoint)
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.self_attn.v_proj.weight"] = torch.zeros(64, 64)
+    with pytest.raises(PlanError) as caught:
+        _run(replace(checkpoint, weights=TensorWeights(tensors)), tmp_path)
+    assert caught.value.reasons == (
+        "tensor model.layers.0.self_attn.v_proj.weight is [64, 64], expected [32, 64]",
+        "tensor model.norm.weight is missing",
+    )
+
+
 # --- the destination
 
 
@@ -442,3 +456,16 @@ def test_licence_and_notice_travel_and_nothing_of_the_users_is_overwritten(
         "NOTICE": "somebody else's",
         "tiny-NOTICE": "NOTICE of the model",
     }
+
+
+@pytest.mark.runtime
+def test_llama_cpp_computes_the_same_from_a_split_export(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    (whole,) = _run(checkpoint, tmp_path / "whole")
+    (split,) = _run(checkpoint, tmp_path / "split", split_max_bytes=whole.plan.n_bytes * 2 // 3)
+    logits = []
+    for written in (whole, split):
+        with LlamaCpp().open(written.paths[0], n_ctx=64, n_threads=1) as session:
+            logits.append(np.concatenate([block for _, block in session.logits([1, 5, 9, 40])]))
+    assert logits[0].shape == (4, checkpoint.config.vocab_size)
+    np.testing.assert_array_equal(logits[0], logits[1])

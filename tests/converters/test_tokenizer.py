@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from converters.pretokenizers import steps_json
 from converters.probe_strings import BYTE_LETTERS, probe_strings, random_strings
 from converters.token_roles import DEEPSEEK_END
 from converters.tokenizer import CheckpointTokenizer, read_tokenizer, tokenizer_from_vocabulary
@@ -391,3 +392,12 @@ def test_added_tokens_below_the_bpe_tokens_keep_their_ids() -> None:
     assert rebuilt.missing_bytes >= {0x20, 0xE4}
     assert rebuilt.can_spell("abc")
     assert not rebuilt.can_spell("a b")
+
+
+def test_a_normaliser_that_llama_cpp_does_not_have_is_told(make_folder: MakeFolder) -> None:
+    def qwen2(content: dict[str, Any]) -> None:
+        content["pre_tokenizer"] = steps_json("qwen2")
+        content["normalizer"] = {"type": "NFC"}
+
+    tokenizer = read_tokenizer(make_folder(tokenizer=qwen2), ROWS)
+    assert any("NFC" in note for note in tokenizer.notes)
