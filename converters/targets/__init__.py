@@ -29,6 +29,6 @@ def parse_request(text: str) -> Request:
         return Request(target.format, quant)
     fault = f"unknown type {quant_name!r}" if colon else "the type is missing"
     if name in target.refused:
-        fault = f"{name} is read but not written: {target.refused[name]}"
+        fault = f"{name} is not written: {target.refused[name]}"
     known = ", ".join(f"{target.format}:{quant}" for quant in target.quants)
     raise UsageError(f"--to {text}: {fault}", hint=f"known: {known}")

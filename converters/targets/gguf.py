@@ -50,7 +50,7 @@ class GgufTarget:
 
     @property
     def refused(self) -> Mapping[str, str]:
-        """Types that GGUF knows and that are read only."""
+        """Types that GGUF knows and that are not written."""
         return _READ_ONLY
 
     def check(self, checkpoint: Checkpoint, request: Request, options: ConvertOptions) -> list[str]:

@@ -45,7 +45,9 @@ class FieldCodec(Codec):
     def encode(self, rows: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """Return the packed fields that the search finds, on the device of the rows."""
         weights = self._importance(rows, importance)
-        fields = self.search(rows.float().contiguous(), weights)
+        rows = rows.float().contiguous()
+        on_cpu = rows.device.type == "cpu"
+        fields = self.search(rows, weights) if on_cpu else self.search_tensors(rows, weights)
         return self.pack(fields).reshape(len(rows), self.row_bytes(rows.shape[1]))
 
     def decode(self, blocks: torch.Tensor, n_columns: int) -> torch.Tensor:
@@ -55,7 +57,12 @@ class FieldCodec(Codec):
 
     @abstractmethod
     def search(self, rows: torch.Tensor, importance: torch.Tensor | None) -> Fields:
-        """Return the fields of float32 rows (N, K), with importances float32 (K,) or without."""
+        """Return the fields of float32 rows (N, K) on the CPU; importances float32 (K,) or None."""
+
+    def search_tensors(self, rows: torch.Tensor, importance: torch.Tensor | None) -> Fields:
+        """Return the same fields of rows anywhere; by the search on the CPU unless a type has another."""
+        found = self.search(rows.cpu(), None if importance is None else importance.cpu())
+        return Fields(**{name: value.to(rows.device) for name, value in vars(found).items()})
 
     @abstractmethod
     def pack(self, fields: Fields) -> torch.Tensor:
@@ -82,8 +89,4 @@ class FieldCodec(Codec):
                 f"{tuple(importance.shape)} importances for a matrix of {rows.shape[1]} columns",
                 hint="expected one number for each column; is the imatrix of the same model?",
             )
-        return (
-            importance.to(device=rows.device, dtype=torch.float32).contiguous()
-            if self.uses_importance
-            else None
-        )
+        return importance.to(device=rows.device, dtype=torch.float32).contiguous()

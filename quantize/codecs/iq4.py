@@ -12,7 +12,7 @@ weights the low nibble of byte j is weight j and the high one weight j + 16.
 
 import torch
 
-from quantize.codecs import search
+from quantize.codecs import search, tensor_blocks
 from quantize.codecs.bits import (
     half_bytes,
     half_values,
@@ -51,6 +51,10 @@ class IQ4_NL(FieldCodec):
         search.run(native.nl_blocks, rows, 32, importance, d, codes)
         return Fields(d, codes)
 
+    def search_tensors(self, rows: torch.Tensor, importance: torch.Tensor | None) -> Fields:
+        """Return the same fields by torch operations."""
+        return tensor_blocks.iq4_nl_blocks(rows, importance)
+
     def pack(self, fields: Fields) -> torch.Tensor:
         """Return d, then the nibbles."""
         return torch.cat([half_bytes(fields.d), _pack_nibbles(fields.codes)], dim=1)
@@ -77,6 +81,10 @@ class IQ4_XS(FieldCodec):
         d, scales, codes = search.floats(n), search.codes(n, 8, torch.int8), search.codes(n, 256)
         search.run(native.xs_blocks, rows, 256, importance, d, scales, codes)
         return Fields(d, codes, scales)
+
+    def search_tensors(self, rows: torch.Tensor, importance: torch.Tensor | None) -> Fields:
+        """Return the same fields by torch operations."""
+        return tensor_blocks.iq4_xs_blocks(rows, importance)
 
     def pack(self, fields: Fields) -> torch.Tensor:
         """Return the four parts of the layout."""

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantize.codecs import search
+from quantize.codecs import search, tensor_blocks
 from quantize.codecs.bits import half_bytes, half_values, pack_bits, unpack_bits
 from quantize.codecs.fields import FieldCodec, Fields
 from quantize.codecs.native import k_quants as native
@@ -89,6 +89,13 @@ class _Affine(FieldCodec):
         outputs = (d, dmin, scales, mins, codes)
         search.run(native.affine_blocks, rows, 256, importance, shape, self.ladder, *outputs)
         return Fields(d, codes, scales, dmin, mins)
+
+    def search_tensors(self, rows: torch.Tensor, importance: torch.Tensor | None) -> Fields:
+        """Return the same fields by torch operations."""
+        first, step, count = self.ladder
+        ladder = float(first), float(step), count
+        shape = self.n_subs, self.top, self.scale_top
+        return tensor_blocks.affine_blocks(rows, importance, shape, ladder)
 
     def value(self, fields: Fields) -> torch.Tensor:
         """Return d * scale * code - dmin * min."""
@@ -195,6 +202,10 @@ class Q3_K(_Symmetric):
         """Return the fields that the search finds."""
         return self._searched(native.q3_k_blocks, rows, importance)
 
+    def search_tensors(self, rows: torch.Tensor, importance: torch.Tensor | None) -> Fields:
+        """Return the same fields by torch operations."""
+        return tensor_blocks.q3_k_blocks(rows, importance)
+
     def pack(self, fields: Fields) -> torch.Tensor:
         """Return the layout's parts; of the scales first the lower four bits, then the upper two."""
         scales = (fields.scales + 32).view(torch.uint8)
@@ -221,6 +232,10 @@ class Q6_K(_Symmetric):
     def search(self, rows: torch.Tensor, importance: torch.Tensor | None) -> Fields:
         """Return the fields that the search finds."""
         return self._searched(native.q6_k_blocks, rows, importance)
+
+    def search_tensors(self, rows: torch.Tensor, importance: torch.Tensor | None) -> Fields:
+        """Return the same fields by torch operations."""
+        return tensor_blocks.q6_k_blocks(rows, importance)
 
     def pack(self, fields: Fields) -> torch.Tensor:
         """Return the four parts of the layout."""

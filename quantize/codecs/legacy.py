@@ -18,7 +18,7 @@ rounded to half precision. With importances, Q4_0 to Q5_1 search for the scale; 
 
 import torch
 
-from quantize.codecs import search
+from quantize.codecs import search, tensor_blocks
 from quantize.codecs.base import Codec
 from quantize.codecs.bits import (
     half_bytes,
@@ -30,6 +30,7 @@ from quantize.codecs.bits import (
 )
 from quantize.codecs.fields import FieldCodec, Fields
 from quantize.codecs.native import legacy as native
+from quantize.codecs.tensors import over
 
 # The largest float32 below one half. Adding it and truncating rounds half away from zero; adding one half
 # itself would lift 0.49999997 to 1.
@@ -66,15 +67,26 @@ class _Centred(FieldCodec):
     def search(self, rows: torch.Tensor, importance: torch.Tensor | None) -> Fields:
         """Return the largest magnitude's share, or the best of 19 scales by importance."""
         middle = 1 << (self.bits - 1)
-        x = rows.reshape(-1, 32)
         if importance is None:
-            extreme = x.gather(1, x.abs().argmax(dim=1, keepdim=True))  # (B, 1), signed
-            d = extreme.add_(0.0) / -middle  # no negative zero: ggml's search starts from a positive one
-            inverse = _inverse(d)
-            return Fields(d[:, 0], _codes((x * inverse).add_(middle + 0.5), inverse, 2 * middle - 1))
-        d, codes = search.floats(len(x)), search.codes(len(x), 32)
+            return self._plain(rows.reshape(-1, 32), middle)
+        n = rows.numel() // 32
+        d, codes = search.floats(n), search.codes(n, 32)
         search.run(native.symmetric_blocks, rows, 32, importance, middle, d, codes)
         return Fields(d, codes)
+
+    def search_tensors(self, rows: torch.Tensor, importance: torch.Tensor | None) -> Fields:
+        """Return the same fields by torch operations."""
+        middle = 1 << (self.bits - 1)
+        if importance is None:
+            return self._plain(rows.reshape(-1, 32), middle)
+        return tensor_blocks.legacy_symmetric(rows, importance, middle)
+
+    @staticmethod
+    def _plain(x: torch.Tensor, middle: int) -> Fields:
+        extreme = x.gather(1, x.abs().argmax(dim=1, keepdim=True))  # (B, 1), signed
+        d = extreme.add_(0.0) / -middle  # no negative zero: ggml's search starts from a positive one
+        inverse = _inverse(d)
+        return Fields(d[:, 0], _codes((x * inverse).add_(middle + 0.5), inverse, 2 * middle - 1))
 
     def pack(self, fields: Fields) -> torch.Tensor:
         """Return d, then the codes."""
@@ -98,16 +110,27 @@ class _Based(FieldCodec):
     def search(self, rows: torch.Tensor, importance: torch.Tensor | None) -> Fields:
         """Return the smallest and the range's share, or the best of 38 scales and minima by importance."""
         top = (1 << self.bits) - 1
-        x = rows.reshape(-1, 32)
         if importance is None:
-            low = x.gather(1, x.argmin(dim=1, keepdim=True))  # the first: 0 and -0 are equal, not their bits
-            d = (x.amax(dim=1, keepdim=True) - low).abs_() / top
-            inverse = _inverse(d)
-            codes = _codes(((x - low) * inverse).add_(0.5), inverse, top)
-            return Fields(d[:, 0], codes, dmin=low[:, 0])
-        d, m, codes = search.floats(len(x)), search.floats(len(x)), search.codes(len(x), 32)
+            return self._plain(rows.reshape(-1, 32), top)
+        n = rows.numel() // 32
+        d, m, codes = search.floats(n), search.floats(n), search.codes(n, 32)
         search.run(native.affine_blocks, rows, 32, importance, top, d, m, codes)
         return Fields(d, codes, dmin=m)
+
+    def search_tensors(self, rows: torch.Tensor, importance: torch.Tensor | None) -> Fields:
+        """Return the same fields by torch operations."""
+        top = (1 << self.bits) - 1
+        if importance is None:
+            return self._plain(rows.reshape(-1, 32), top)
+        return tensor_blocks.legacy_affine(rows, importance, top)
+
+    @staticmethod
+    def _plain(x: torch.Tensor, top: int) -> Fields:
+        low = x.gather(1, x.argmin(dim=1, keepdim=True))  # the first: 0 and -0 are equal, not their bits
+        d = over((x.amax(dim=1, keepdim=True) - low).abs_(), float(top))
+        inverse = _inverse(d)
+        codes = _codes(((x - low) * inverse).add_(0.5), inverse, top)
+        return Fields(d[:, 0], codes, dmin=low[:, 0])
 
     def pack(self, fields: Fields) -> torch.Tensor:
         """Return d, m, then the codes."""
@@ -166,7 +189,7 @@ class Q8_0(Codec):
     def encode(self, rows: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """Return the blocks: d = largest magnitude / 127, code = x / d."""
         x = rows.float().reshape(-1, self.block_size)  # (blocks, 32)
-        d = x.abs().amax(dim=1, keepdim=True).div_(127)  # (blocks, 1)
+        d = over(x.abs().amax(dim=1, keepdim=True), 127.0)  # (blocks, 1)
         scaled = x * _inverse(d)
         blocks = torch.empty(len(x), self.block_bytes, dtype=torch.uint8, device=rows.device)
         blocks[:, :2] = d.half().view(torch.uint8)

@@ -23,9 +23,9 @@ def test_requests_are_read_in_any_case(text: str) -> None:
         ("", "--to : unknown format ''\nknown formats: gguf:"),
         ("gguf", "--to gguf: the type is missing\nknown: gguf:F32, gguf:F16, gguf:BF16, gguf:Q8_0, "),
         ("gguf:Q9", "--to gguf:Q9: unknown type 'Q9'\nknown: gguf:F32, gguf:F16, gguf:BF16, gguf:Q8_0, "),
-        ("gguf:tq1_0", "--to gguf:tq1_0: TQ1_0 is read but not written: a model must be trained for "),
-        ("gguf:Q2_0", "--to gguf:Q2_0: Q2_0 is read but not written: a model must be trained for so few "),
-        ("gguf:MXFP4", "--to gguf:MXFP4: MXFP4 is read but not written: it is for models that were trained"),
+        ("gguf:tq1_0", "--to gguf:tq1_0: TQ1_0 is not written: a model must be trained for "),
+        ("gguf:Q2_0", "--to gguf:Q2_0: Q2_0 is not written: a model must be trained for so few "),
+        ("gguf:MXFP4", "--to gguf:MXFP4: MXFP4 is not written: it is for models that were trained"),
     ],
 )
 def test_unknown_requests_list_the_known(text: str, message: str) -> None:
@@ -39,8 +39,8 @@ def test_unknown_requests_list_the_known(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "MXFP4", "MXFP4_MOE", "NVFP4"])
-def test_what_is_only_read_is_refused_by_name(name: str) -> None:
-    with pytest.raises(UsageError, match=f"--to gguf:{name}: {name} is read but not written: "):
+def test_what_is_not_written_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--to gguf:{name}: {name} is not written: "):
         parse_request(f"gguf:{name}")
 
 

@@ -16,6 +16,7 @@ from gguf.quants import dequantize
 from safetensors.torch import load_file
 
 from quantize.codecs import CODECS, Codec, codec
+from quantize.codecs.fields import FieldCodec
 from quantize.errors import PlanError, UsageError
 
 COLUMNS = 512
@@ -138,6 +139,29 @@ def test_bits_equal_ggml_on_real_rows(libggml: ctypes.CDLL, demo_folder: Path, n
             assert torch.equal(kind.encode(rows, weights), _ggml(libggml, kind, rows, weights))
     if not tried:
         pytest.skip("the embedded model has no matrix of 256 columns or a multiple")
+
+
+@pytest.mark.parametrize("importance", ["none", "uneven"])
+@pytest.mark.parametrize("name", [name for name in SEARCHED if not name.startswith(("IQ1", "IQ2", "IQ3"))])
+def test_the_search_in_torch_finds_the_same_fields(name: str, importance: str) -> None:
+    kind, weights = codec(name), IMPORTANCES[importance]
+    assert isinstance(kind, FieldCodec)
+    for label, rows in ROWS.items():
+        blocks = kind.pack(kind.search_tensors(rows, weights)).reshape(len(rows), -1)
+        assert torch.equal(blocks, kind.encode(rows, weights)), label
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("importance", ["none", "uneven"])
+@pytest.mark.parametrize("name", SEARCHED)
+def test_a_gpu_writes_the_same_bytes(name: str, importance: str) -> None:
+    kind = codec(name)
+    weights = IMPORTANCES["uneven" if kind.needs_importance else importance]
+    rows = torch.cat(list(ROWS.values()))
+    there = kind.encode(rows.cuda(), weights)
+    equal = (there.cpu() == kind.encode(rows, weights)).reshape(-1, kind.block_bytes).all(dim=1)
+    assert equal.float().mean() >= 0.999
+    assert torch.equal(kind.decode(there, COLUMNS).cpu(), kind.decode(there.cpu(), COLUMNS))
 
 
 @pytest.mark.parametrize("name", READ)

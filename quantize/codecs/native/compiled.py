@@ -33,3 +33,8 @@ def native(function: Function) -> Function:
     dispatcher = njit(nogil=True, error_model="numpy")(function)
     dispatcher._cache = _PackageCache(function)
     return cast(Function, dispatcher)
+
+
+def inlined(function: Function) -> Function:
+    """Put a function's code where `native` ones call it: for what is too short to be handed arrays."""
+    return cast(Function, njit(nogil=True, error_model="numpy", inline="always")(function))

@@ -4,10 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from quantize.codecs.native.arithmetic import ZERO, Floats
-from quantize.codecs.native.compiled import native
-
-CHUNK = 16
+from quantize.codecs.native.arithmetic import Floats
+from quantize.codecs.native.compiled import inlined, native
 
 
 @native
@@ -46,12 +44,12 @@ def _collect(distance: Any, bound: int, members: Any, start: int) -> int:
 
 
 @native
-def neighbours(levels: Any, values: Any, bits: int, n_levels: int, near: int) -> Any:
+def neighbours(levels: Any, bits: int, n_levels: int, near: int) -> Any:
     """Return the arrays of `quantize.codecs.grids.Grid` behind `levels`, in its order."""
     n_points, n = levels.shape
     size = 1 << (bits * n)
     point = np.full(size, -1, np.int32)
-    first, chunks = np.zeros(size, np.int32), np.zeros(size, np.int32)
+    first, last = np.zeros(size, np.int32), np.zeros(size, np.int32)
     for j in range(n_points):
         packed = 0
         for i in range(n):
@@ -68,42 +66,45 @@ def neighbours(levels: Any, values: Any, bits: int, n_levels: int, near: int) ->
                 apart = 2 * (levels[j, i] - codes[i])
                 total += apart * apart
             distance[j] = total
-        found = _collect(distance, _near_distance(distance, near), members, used)
-        first[packed], chunks[packed] = used // CHUNK, (found + CHUNK - 1) // CHUNK
-        for j in range(found, chunks[packed] * CHUNK):
-            members[used + j] = members[used]
-        used += chunks[packed] * CHUNK
+        first[packed] = used
+        used += _collect(distance, _near_distance(distance, near), members, used)
+        last[packed] = used
     members = members[:used].copy()
-    return point, first, chunks, members, _by_chunk(members, values)
+    return point, first, last, members, _terms(members, levels, n_levels)
 
 
 @native
-def _by_chunk(members: Any, values: Any) -> Any:
-    """Return int8 (chunks, n, 16): the values of 16 members side by side."""
-    n = values.shape[1]
-    out = np.empty((len(members) // CHUNK, n, CHUNK), np.int8)
+def _terms(members: Any, levels: Any, n_levels: int) -> Any:
+    """Return uint8 (members, n): where in a table (n, levels) the term of each weight of a member lies."""
+    n = levels.shape[1]
+    terms = np.empty((len(members), n), np.uint8)
     for j in range(len(members)):
         for i in range(n):
-            out[j // CHUNK, i, j % CHUNK] = values[members[j], i]
-    return out
+            terms[j, i] = i * n_levels + levels[members[j], i]
+    return terms
 
 
 @native
-def nearest_point(
-    grid: Any, packed: int, x: Floats, weights: Floats, scale: Any, offset: Any, errors: Floats
-) -> Any:
-    """Return the neighbour of packed codes with the smallest Σ w (scale * (value + offset) - x)²."""
-    best, chosen = np.float32(np.inf), grid.members[grid.first[packed] * CHUNK]
-    for chunk in range(grid.first[packed], grid.first[packed] + grid.chunks[packed]):
-        values = grid.values[chunk]
-        for j in range(CHUNK):
-            errors[j] = ZERO
-        for i in range(len(x)):
-            for j in range(CHUNK):
-                miss = scale * (np.float32(values[i, j]) + offset) - x[i]
-                errors[j] += weights[i] * miss * miss
-        for j in range(CHUNK):
-            if errors[j] < best:
-                best = errors[j]
-                chosen = grid.members[chunk * CHUNK + j]
+def set_terms(
+    x: Floats, weights: Floats, start: int, n: int, scale: Any, values: Floats, table: Floats
+) -> None:
+    """Set table[i * levels + l] to weights[i] * (scale * values[l] - x[i])², i from `start` on."""
+    n_levels = len(values)
+    for i in range(n):
+        for level in range(n_levels):
+            miss = scale * values[level] - x[start + i]
+            table[i * n_levels + level] = weights[start + i] * miss * miss
+
+
+@inlined
+def nearest_member(terms: Any, first: int, last: int, table: Floats) -> int:
+    """Return which of the members first..last-1 has the smallest sum of terms, the first of equals."""
+    best, chosen = np.float32(np.inf), first
+    wide = terms.shape[1] == 8
+    for j in range(first, last):
+        error = table[terms[j, 0]] + table[terms[j, 1]] + table[terms[j, 2]] + table[terms[j, 3]]
+        if wide and error < best:
+            error = error + table[terms[j, 4]] + table[terms[j, 5]] + table[terms[j, 6]] + table[terms[j, 7]]
+        if error < best:
+            best, chosen = error, j
     return chosen

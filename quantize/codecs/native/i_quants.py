@@ -13,7 +13,7 @@ import numpy as np
 from quantize.codecs.native.affine import positive
 from quantize.codecs.native.arithmetic import ONE, ZERO, Floats, clamp, half, nearest
 from quantize.codecs.native.compiled import native
-from quantize.codecs.native.grids import nearest_point
+from quantize.codecs.native.grids import nearest_member, set_terms
 from quantize.codecs.native.k_quants import weigh
 from quantize.codecs.native.tiles import LANES, byte_tile, float_tile, lanes, load, sum_squares
 
@@ -77,30 +77,83 @@ def _take_signs(x: Floats, weights: Floats, lane: int, first: int, parity: bool)
 
 
 @native
-def _place(grid: Any, search: Any, x: Floats, roots: Floats, inverse: Any, scale: Any, errors: Floats) -> Any:
-    """Return the point of a group of weights at a scale, and whether the rounded codes were one."""
-    packed = 0
-    for i in range(len(x)):
-        code = nearest(_HALF * (inverse * x[i] - ONE))
+def _place(grid: Any, search: Any, x: Floats, roots: Floats, scale: Any, k: int, table: Floats) -> int:
+    """Return the point of the k-th group of weights at a scale."""
+    n, inverse, packed = grid.levels.shape[1], ONE / scale, 0
+    for i in range(n):
+        code = nearest(_HALF * (inverse * x[n * k + i] - ONE))
         packed |= max(0, min(search.top, int(code))) << (search.bits * i)
-    point = grid.point[packed]
-    if point >= 0:
-        return point, True
-    return nearest_point(grid, packed, x, roots, scale, ZERO, errors), False
+    if grid.point[packed] >= 0:
+        return int(grid.point[packed])
+    set_terms(x, roots, n * k, n, scale, grid.values, table)
+    return int(grid.members[nearest_member(grid.terms, grid.first[packed], grid.last[packed], table)])
+
+
+def _climber(bits: int, n: int, n_levels: int) -> Any:
+    """Return the innermost loop of these types, for groups of `n` weights with `n_levels` levels.
+
+    It places all groups at one rung of the ladder, and returns Σwqx and Σwq² of the points' values q. The
+    sizes are constants, so that loops over them unroll; and the grid's arrays come one by one, because to
+    take them out of a tuple costs more than the work.
+    """
+
+    @native
+    def climb(
+        levels: Any,
+        values: Floats,
+        point: Any,
+        first: Any,
+        last: Any,
+        members: Any,
+        terms: Any,
+        x: Floats,
+        weights: Floats,
+        roots: Floats,
+        inverse: Any,
+        trial: Any,
+        trial_on: Any,
+        table: Floats,
+    ) -> Any:
+        scale, sum_qx, sum_qq = ONE / inverse, ZERO, ZERO
+        for k in range(len(trial)):
+            packed = 0
+            for i in range(n):
+                code = nearest(_HALF * (inverse * x[n * k + i] - ONE))
+                packed |= max(0, min(n_levels - 1, int(code))) << (bits * i)
+            chosen = point[packed]
+            trial_on[k] = chosen >= 0
+            if chosen < 0:
+                for i in range(n):
+                    for level in range(n_levels):
+                        miss = scale * values[level] - x[n * k + i]
+                        table[i * n_levels + level] = roots[n * k + i] * miss * miss
+                chosen = members[nearest_member(terms, first[packed], last[packed], table)]
+            trial[k] = chosen
+            for i in range(n):
+                value = values[levels[chosen, i]]
+                weighted = weights[n * k + i]
+                sum_qx += weighted * x[n * k + i] * value
+                sum_qq += weighted * value * value
+        return sum_qx, sum_qq
+
+    return climb
+
+
+_climb_octets = _climber(2, 8, 3)
+_climb_quartets = _climber(3, 4, 8)
 
 
 @native
-def _fit(grid: Any, x: Floats, weights: Floats, points: Any) -> Any:
-    """Return Σwqx and Σwq² of the values q of the points."""
-    sum_qx, sum_qq = ZERO, ZERO
-    per_group = grid.levels.shape[1]
+def _fit(grid: Any, x: Floats, weights: Floats, points: Any, scale: Any) -> Any:
+    """Return the scale that fits the points best; the one given where no weight counts."""
+    sum_qx, sum_qq, n = ZERO, ZERO, grid.levels.shape[1]
     for k in range(len(points)):
-        for i in range(per_group):
-            value = np.float32(2 * grid.levels[points[k], i] + 1)
-            weighted = weights[per_group * k + i]
-            sum_qx += weighted * x[per_group * k + i] * value
+        for i in range(n):
+            value = grid.values[grid.levels[points[k], i]]
+            weighted = weights[n * k + i]
+            sum_qx += weighted * x[n * k + i] * value
             sum_qq += weighted * value * value
-    return sum_qx, sum_qq
+    return sum_qx / sum_qq if sum_qq > ZERO else scale
 
 
 @native
@@ -108,18 +161,24 @@ def _search(
     grid: Any, search: Any, x: Floats, weights: Floats, largest: Any, scale: Any, points: Any, room: Any
 ) -> Any:
     """Find the points of one sub-block and return its scale; `largest` is what the ladder divides by."""
-    roots, trial, on_grid, trial_on, errors = room
-    per_group = grid.levels.shape[1]
+    roots, trial, on_grid, trial_on, table = room
     odd = np.float32(2 * search.top + 1)
     best = ZERO
     on_grid[:] = search.start_on_grid
     points[:] = grid.point[0]
+    levels, values, point, first, last, members, terms = grid
     for rung in range(-search.reach, search.reach + 1):
         inverse = (odd + np.float32(rung) * search.step) / largest
-        for k in range(len(points)):
-            a, b = per_group * k, per_group * (k + 1)
-            trial[k], trial_on[k] = _place(grid, search, x[a:b], roots[a:b], inverse, ONE / inverse, errors)
-        sum_qx, sum_qq = _fit(grid, x, weights, trial)
+        if search.bits == 2:
+            sum_qx, sum_qq = _climb_octets(
+                levels, values, point, first, last, members, terms,
+                x, weights, roots, inverse, trial, trial_on, table,
+            )  # fmt: skip
+        else:
+            sum_qx, sum_qq = _climb_quartets(
+                levels, values, point, first, last, members, terms,
+                x, weights, roots, inverse, trial, trial_on, table,
+            )  # fmt: skip
         if sum_qq > ZERO and sum_qx * sum_qx > best * sum_qq:
             scale = sum_qx / sum_qq
             best = scale * sum_qx
@@ -128,11 +187,8 @@ def _search(
     if scale > ZERO and (search.again == 2 or not on_grid.all()):
         for k in range(len(points)):
             if search.again > 0 or not on_grid[k]:
-                a, b = per_group * k, per_group * (k + 1)
-                points[k], _ = _place(grid, search, x[a:b], roots[a:b], ONE / scale, scale, errors)
-        sum_qx, sum_qq = _fit(grid, x, weights, points)
-        if sum_qq > ZERO:
-            scale = sum_qx / sum_qq
+                points[k] = _place(grid, search, x, roots, scale, k, table)
+        scale = _fit(grid, x, weights, points, scale)
     return scale
 
 
@@ -217,7 +273,7 @@ def grid_blocks(
         np.empty(groups, np.int32),
         np.empty(groups, np.bool_),
         np.empty(groups, np.bool_),
-        np.empty(16, np.float32),
+        np.empty(32, np.float32),
     )
     for first in range(0, len(blocks), LANES):
         load(blocks, first, x)

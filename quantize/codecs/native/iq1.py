@@ -11,7 +11,7 @@ import numpy as np
 
 from quantize.codecs.native.arithmetic import ZERO, Floats, half
 from quantize.codecs.native.compiled import native
-from quantize.codecs.native.grids import nearest_point
+from quantize.codecs.native.grids import nearest_member, set_terms
 from quantize.codecs.native.i_quants import round_scales
 from quantize.codecs.native.k_quants import weigh
 from quantize.codecs.native.tiles import LANES, float_tile, load, weigh_by_square
@@ -59,9 +59,10 @@ def _recode(order: Any, low: int, high: int, flip: bool, codes: Any) -> None:
 
 @native
 def _snap(
-    grid: Any, x: Floats, weights: Floats, codes: Any, deltas: Any, scale: Any, points: Any, errors: Floats
+    grid: Any, x: Floats, weights: Floats, codes: Any, deltas: Any, scale: Any, points: Any, room: Any
 ) -> Any:
     """Move every group of eight to the grid, and return the scale, fitted again if a group had to move."""
+    values, table = room
     moved = False
     for k in range(len(points)):
         packed = 0
@@ -70,8 +71,10 @@ def _snap(
         points[k] = grid.point[packed]
         if points[k] < 0:
             moved = True
-            a, b = 8 * k, 8 * k + 8
-            points[k] = nearest_point(grid, packed, x[a:b], weights[a:b], scale, deltas[k], errors)
+            for level in range(3):
+                values[level] = _level(level, deltas[k])
+            set_terms(x, weights, 8 * k, 8, scale, values, table)
+            points[k] = grid.members[nearest_member(grid.terms, grid.first[packed], grid.last[packed], table)]
     if not moved:
         return scale
     sum_qx, sum_qq = ZERO, ZERO
@@ -85,36 +88,31 @@ def _snap(
 
 
 @native
-def _sums_at(sum_x: Floats, sum_w: Floats, low: int, delta: Any, out_qx: Floats, out_qq: Floats) -> None:
-    """Set Σwqx and Σwq² for one lower boundary and every upper one."""
-    n = len(sum_x) - 1
-    q0, q1, q2 = _level(0, delta), _level(1, delta), _level(2, delta)
-    head_x, head_w = (sum_x[low] - sum_x[0]) * q0, (sum_w[low] - sum_w[0]) * q0 * q0
-    for high in range(low, n + 1):
-        middle_x, middle_w = sum_x[high] - sum_x[low], sum_w[high] - sum_w[low]
-        out_qx[high] = head_x + middle_x * q1 + (sum_x[n] - sum_x[high]) * q2
-        out_qq[high] = head_w + middle_w * q1 * q1 + (sum_w[n] - sum_w[high]) * q2 * q2
-
-
-@native
-def _best_split(x: Floats, weights: Floats, order: Any, sums: Floats, start: Any) -> Any:
+def _best_split(x: Floats, weights: Floats, order: Any, sum_x: Floats, sum_w: Floats, start: Any) -> Any:
     """Return scale, both boundaries and the shift's sign of the best split; sign 0 if there is none."""
     n = len(x)
-    sum_x, sum_w, qx, qq = sums[0], sums[1], sums[2:4], sums[4:6]
+    u0, u1, u2 = _level(0, _DELTA), _level(1, _DELTA), _level(2, _DELTA)
+    d0, d1, d2 = _level(0, -_DELTA), _level(1, -_DELTA), _level(2, -_DELTA)
     sum_x[0] = sum_w[0] = ZERO
     for j in range(n):
         sum_x[j + 1] = sum_x[j] + weights[order[j]] * x[order[j]]
         sum_w[j + 1] = sum_w[j] + weights[order[j]]
     best, scale, best_low, best_high, sign = _LOWEST, start, 0, 0, 0
     for low in range(n + 1):
-        _sums_at(sum_x, sum_w, low, _DELTA, qx[0], qq[0])
-        _sums_at(sum_x, sum_w, low, -_DELTA, qx[1], qq[1])
+        head_x, head_w = sum_x[low] - sum_x[0], sum_w[low] - sum_w[0]
         for high in range(low, n + 1):
-            for side in range(2):
-                if qq[side, high] > ZERO and qx[side, high] * qx[side, high] > best * qq[side, high]:
-                    scale = qx[side, high] / qq[side, high]
-                    best = scale * qx[side, high]
-                    best_low, best_high, sign = low, high, 1 - 2 * side
+            mid_x, mid_w = sum_x[high] - sum_x[low], sum_w[high] - sum_w[low]
+            tail_x, tail_w = sum_x[n] - sum_x[high], sum_w[n] - sum_w[high]
+            qx = head_x * u0 + mid_x * u1 + tail_x * u2
+            qq = head_w * u0 * u0 + mid_w * u1 * u1 + tail_w * u2 * u2
+            if qq > ZERO and qx * qx > best * qq:
+                scale = qx / qq
+                best, best_low, best_high, sign = scale * qx, low, high, 1
+            qx = head_x * d0 + mid_x * d1 + tail_x * d2
+            qq = head_w * d0 * d0 + mid_w * d1 * d1 + tail_w * d2 * d2
+            if qq > ZERO and qx * qx > best * qq:
+                scale = qx / qq
+                best, best_low, best_high, sign = scale * qx, low, high, -1
     return scale, best_low, best_high, sign
 
 
@@ -129,10 +127,11 @@ def s_blocks(
     out_shifts: Any,
 ) -> None:
     """Search the blocks (B, 256) of IQ1_S: 3-bit scales, points, and 1 where a sub-block is shifted down."""
-    x, weights, sums = float_tile(256), float_tile(256), np.empty((6, 33), np.float32)
+    x, weights = float_tile(256), float_tile(256)
+    sum_x, sum_w = np.empty(33, np.float32), np.empty(33, np.float32)
     sub_x, sub_w, scales = np.empty(32, np.float32), np.empty(32, np.float32), np.empty(8, np.float32)
     order, codes, deltas = np.empty(32, np.int64), np.empty(32, np.int64), np.empty(4, np.float32)
-    errors = np.empty(16, np.float32)
+    room = np.empty(3, np.float32), np.empty(24, np.float32)
     for first in range(0, len(blocks), LANES):
         load(blocks, first, x)
         weigh(x, importance, first, np.float32(2), weights)
@@ -148,13 +147,13 @@ def s_blocks(
                 if largest < _TINY_S:
                     continue
                 _order(sub_x, order)
-                scale, low, high, sign = _best_split(sub_x, sub_w, order, sums, largest)
+                scale, low, high, sign = _best_split(sub_x, sub_w, order, sum_x, sum_w, largest)
                 if sign == 0:
                     continue
                 _recode(order, low, high, scale < ZERO, codes)
                 sign = -sign if scale < ZERO else sign
                 deltas[:] = _DELTA * np.float32(sign)
-                scales[j] = _snap(grid, sub_x, sub_w, codes, deltas, abs(scale), points, errors)
+                scales[j] = _snap(grid, sub_x, sub_w, codes, deltas, abs(scale), points, room)
                 out_shifts[block, j] = 1 if sign < 0 else 0
             out_scales[block] = 0
             d = round_scales(scales, np.float32(15), 7, out_scales[block])
@@ -239,7 +238,7 @@ def m_blocks(
     sum_x, sum_w = np.empty((2, 17), np.float32), np.empty((2, 17), np.float32)
     sub_x, sub_w, scales = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
     order, codes, deltas = np.empty(16, np.int64), np.empty(16, np.int64), np.empty(2, np.float32)
-    errors = np.empty(16, np.float32)
+    room = np.empty(3, np.float32), np.empty(24, np.float32)
     for first in range(0, len(blocks), LANES):
         load(blocks, first, x)
         if len(importance) == 0:
@@ -268,7 +267,7 @@ def m_blocks(
                     down = (shifts >> (1 - k)) & 1
                     deltas[k] = -_DELTA if down else _DELTA
                     out_shifts[block, 2 * j + k] = down
-                scales[j] = _snap(grid, sub_x, sub_w, codes, deltas, abs(scale), points, errors)
+                scales[j] = _snap(grid, sub_x, sub_w, codes, deltas, abs(scale), points, room)
             out_scales[block] = 0
             d = round_scales(scales, np.float32(15), 7, out_scales[block])
             if d == ZERO:
