@@ -327,7 +327,7 @@ def fitted(meant: Choice, n_columns: int) -> Choice:
     if n_columns % codec(quant).block_size:
         quant = _UNFIT
     reason = f"falls back to {quant}: {n_columns} columns are not a multiple of {block_size}"
-    return Choice(quant, f"{meant.reason} would be {meant.quant}, {reason}", falls_back=True)
+    return Choice(quant, f"{meant.reason}; {meant.quant} {reason}", falls_back=True)
 
 
 def requires_importances(recipe: Recipe, role: str, quant: str) -> bool:

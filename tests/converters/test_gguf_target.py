@@ -58,7 +58,7 @@ def test_rows_that_are_no_whole_blocks_fall_back_with_a_reason(make_checkpoint: 
         ("blk.1.ffn_down.weight", "F16"),
     ]
     assert plan.fallbacks[0].reason == (
-        "as asked would be Q8_0, falls back to F16: 80 columns are not a multiple of 32"
+        "as asked; Q8_0 falls back to F16: 80 columns are not a multiple of 32"
     )
     assert plan.by_name["model.layers.0.mlp.up_proj.weight"].quant == "Q8_0"
 

@@ -80,7 +80,7 @@ def test_the_1_3b_falls_back_in_ffn_down_alone(shared: Path) -> None:
         block_tensor(i, "mlp.down_proj") for i in range(24)
     }
     assert found.choices[block_tensor(0, "mlp.down_proj")].reason == (
-        "as recipe Q4_K_M: ffn_down of the layers that use more bits would be Q6_K, "
+        "as recipe Q4_K_M: ffn_down of the layers that use more bits; Q6_K "
         "falls back to Q8_0: 5504 columns are not a multiple of 256"
     )
     assert found.choices[HEAD].quant == "Q6_K"
@@ -130,7 +130,7 @@ def test_an_override_falls_back_too() -> None:
         block_tensor(3, "mlp.down_proj")
     ]
     assert (choice.quant, choice.falls_back) == ("Q8_0", True)
-    assert choice.reason.startswith("override ffn_down=Q6_K would be Q6_K, falls back to Q8_0: 5504 columns")
+    assert choice.reason.startswith("override ffn_down=Q6_K; Q6_K falls back to Q8_0: 5504 columns")
 
 
 def test_output_and_embedding_have_options_of_their_own() -> None:

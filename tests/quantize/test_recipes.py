@@ -138,7 +138,7 @@ def test_rows_that_are_no_whole_blocks_fall_back(meant: str, fallback: str) -> N
     assert fitted(choice, 5632) is choice
     assert fitted(choice, 5504) == Choice(
         fallback,
-        f"as asked would be {meant}, falls back to {fallback}: 5504 columns are not a multiple of 256",
+        f"as asked; {meant} falls back to {fallback}: 5504 columns are not a multiple of 256",
         falls_back=True,
     )
     assert fitted(choice, 5500).quant == "F16"
