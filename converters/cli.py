@@ -79,6 +79,21 @@ SOURCE_OPTIONS = options(
         help="Stop at the model's own EOS; or at end of sentence: completing code with an instruct model.",
     ),
 )
+TYPE_OPTIONS = options(
+    click.option(
+        "--imatrix", type=EXISTING_FILE, help="Importances of the columns, from llama-imatrix: .gguf or .dat."
+    ),
+    click.option(
+        "--tensor-type",
+        "tensor_types",
+        multiple=True,
+        metavar="PATTERN=TYPE",
+        help="Another type for tensors whose GGUF name the regular expression matches; the first counts.",
+    ),
+    click.option("--output-tensor-type", metavar="TYPE", help="The type of output.weight."),
+    click.option("--token-embedding-type", metavar="TYPE", help="The type of token_embd.weight."),
+    click.option("--pure", is_flag=True, help="No mix: the recipe's default type for every matrix."),
+)
 PROOF_OPTIONS = options(
     click.option("--require-proof", is_flag=True, help="Exit 3 where the runtime is not installed."),
     click.option(
@@ -125,6 +140,7 @@ def dscq() -> None:
 @click.option("--dry-run", is_flag=True, help="Show the plan, the sizes and what is needed; write nothing.")
 @click.option("--force", is_flag=True, help="Overwrite existing files.")
 @click.option("--no-proof", is_flag=True, help="Write only; prove nothing.")
+@TYPE_OPTIONS
 @SOURCE_OPTIONS
 @PROOF_OPTIONS
 @OUTPUT_OPTIONS
@@ -135,7 +151,8 @@ def convert(quiet: bool, as_json: bool, **chosen: Any) -> None:
     Examples:
       dscq convert deepseek-ai/deepseek-coder-6.7b-instruct --to gguf:F16 --to gguf:Q8_0 -o out/
       dscq convert ./my-finetune --lora ./adapter --to gguf:Q8_0 --split-max-size 4G --name my-coder
-      dscq convert ./model --to gguf:Q8_0 --dry-run
+      dscq convert ./model --to gguf:Q4_K_M --tensor-type 'ffn_down=Q6_K' --dry-run
+      dscq convert ./model --to gguf:IQ2_M --imatrix imatrix.gguf
     """
     commands.convert(Terminal(quiet, as_json), commands.ConvertChoices(**chosen))
 

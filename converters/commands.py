@@ -5,11 +5,10 @@ commands, so that `--help` stays quick.
 """
 
 import os
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from converters.terminal import Terminal
 from quantize.errors import UsageError
@@ -51,6 +50,11 @@ class ConvertChoices(SourceChoices):
     dry_run: bool
     force: bool
     no_proof: bool
+    imatrix: Path | None
+    tensor_types: tuple[str, ...]
+    output_tensor_type: str | None
+    token_embedding_type: str | None
+    pure: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,24 +69,20 @@ class VerifyChoices(SourceChoices):
 def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     """Open, plan, write, prove; or, with `--dry-run`, open and plan."""
     from converters.pipeline import plan_exports
-    from converters.plan import ConvertOptions
     from converters.targets import parse_request
 
     _refuse_contradictions(choices)
     requests = [parse_request(text) for text in choices.targets]
+    options = _convert_options(choices)
     checkpoint = _open(terminal, choices, choices.source, choices.name, headers_only=choices.dry_run)
-    options = ConvertOptions(
-        folder=choices.output,
-        force=choices.force,
-        split_max_bytes=choices.split_max_size,
-        n_threads=choices.n_threads,
-        hash_tensors=not choices.no_proof,
-    )
+    options = _with_importances(options, choices.imatrix, checkpoint)
     plans = plan_exports(checkpoint, requests, options)
     for plan in plans:
         _say_plan(terminal, plan)
     if choices.dry_run:
-        _show_dry_run(terminal, plans, choices.output)
+        from converters.dry_run import show_dry_run
+
+        show_dry_run(terminal, checkpoint, plans, options)
         return
     if choices.no_proof:
         written = _write(terminal, checkpoint, plans, options)
@@ -94,6 +94,34 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     # Before the work starts: a device or a library that is not there must not show after an hour.
     verifier = ready_verifier(checkpoint, choices)
     prove_written(terminal, verifier, _write(terminal, checkpoint, plans, options))
+
+
+def _convert_options(choices: ConvertChoices) -> "ConvertOptions":
+    from converters.plan import ConvertOptions
+    from converters.targets.gguf_types import parse_tensor_type, written_type
+
+    output, embedding = choices.output_tensor_type, choices.token_embedding_type
+    return ConvertOptions(
+        folder=choices.output,
+        force=choices.force,
+        split_max_bytes=choices.split_max_size,
+        n_threads=choices.n_threads,
+        hash_tensors=not choices.no_proof,
+        tensor_types=tuple(parse_tensor_type(text) for text in choices.tensor_types),
+        output_tensor_type=output and written_type(output, "--output-tensor-type"),
+        token_embedding_type=embedding and written_type(embedding, "--token-embedding-type"),
+        pure=choices.pure,
+    )
+
+
+def _with_importances(
+    options: "ConvertOptions", imatrix: Path | None, checkpoint: "Checkpoint"
+) -> "ConvertOptions":
+    if imatrix is None:
+        return options
+    from converters.imatrix import read_importances
+
+    return replace(options, importances=read_importances(imatrix, checkpoint.config))
 
 
 def verify(terminal: Terminal, choices: VerifyChoices) -> None:
@@ -143,43 +171,15 @@ def _open(
 
 
 def _say_plan(terminal: Terminal, plan: "Plan") -> None:
-    """State sizes, and every tensor that does not get the type asked for."""
+    """State sizes, what options did, and every tensor that does not get the type meant for it."""
     terminal.say(
-        f"{plan.request}: {len(plan.tensors)} tensors, {plan.n_bytes:,} bytes in {len(plan.files)} file(s)"
+        f"{plan.request}: {len(plan.tensors)} tensors, {plan.n_bytes:,} bytes in {len(plan.files)} file(s), "
+        f"{plan.bits_per_weight:.3f} bits per weight"
     )
+    for note in plan.notes:
+        terminal.say(f"{plan.request}: {note}")
     for tensor in plan.fallbacks:
         terminal.say(f"{plan.request}: {tensor.written_name} becomes {tensor.quant}: {tensor.reason}")
-
-
-def _show_dry_run(terminal: Terminal, plans: Sequence["Plan"], folder: Path) -> None:
-    for plan in plans:
-        rows = [
-            (t.written_name, str(list(t.shape)), t.quant, f"{t.n_bytes:,}", plan.files[t.file].name, t.reason)
-            for t in plan.tensors
-        ]
-        columns = ["tensor", "shape", "type", ">bytes", "file", "why"]
-        terminal.table(f"{plan.request}: {plan.n_bytes:,} bytes", columns, rows)
-    total = sum(plan.n_bytes for plan in plans)
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    terminal.result(f"needs {total:,} bytes in {folder}, {free:,} are free; nothing was written")
-    terminal.document({"plans": [_plan_document(plan) for plan in plans], "needed": total, "free": free})
-
-
-def _plan_document(plan: "Plan") -> dict[str, Any]:
-    tensors = [
-        {
-            "name": t.written_name,
-            "source": t.name,
-            "shape": t.shape,
-            "type": t.quant,
-            "bytes": t.n_bytes,
-            "why": t.reason,
-        }
-        for t in plan.tensors
-    ]
-    files = [{"name": file.name, "bytes": file.n_bytes} for file in plan.files]
-    return {"request": str(plan.request), "files": files, "bytes": plan.n_bytes, "tensors": tensors}
 
 
 def _write(

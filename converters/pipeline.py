@@ -67,7 +67,7 @@ def plan_exports(checkpoint: Checkpoint, requests: Sequence[Request], options: C
     reasons += [
         f"{request}: {reason}"
         for request in requests
-        for reason in TARGETS[request.format].check(checkpoint, request)
+        for reason in TARGETS[request.format].check(checkpoint, request, options)
     ]
     reasons += [f"{request} is asked for twice" for request in set(requests) if requests.count(request) > 1]
     if reasons:

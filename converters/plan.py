@@ -5,10 +5,13 @@ of every file, all sizes. `--dry-run` prints it, the room on the disk is compare
 follows it without a decision of its own. So the tensors may arrive in any order.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+from converters.imatrix import Importances
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class ConvertOptions:
 
     `split_max_bytes` bounds each file; `hash_tensors` takes every tensor's sha256 on the way, which the
     proof compares with what it reads back from the disk.
+
+    The rest decides types, as the options of llama-quantize: `tensor_types` are (regular expression on the
+    format's tensor name, quant type), of which the first that matches counts; `pure` leaves the mix of a
+    recipe out; `importances` come from an imatrix.
     """
 
     folder: Path
@@ -35,6 +42,11 @@ class ConvertOptions:
     split_max_bytes: int | None = None
     n_threads: int = 2
     hash_tensors: bool = False
+    tensor_types: tuple[tuple[str, str], ...] = ()
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
+    pure: bool = False
+    importances: Importances | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,8 @@ class TensorPlan:
 
     `name` is the checkpoint's and `written_name` the format's; `shape` has rows first. `offset` counts
     from the start of file number `file`. Rows are handed to the writer in multiples of `row_step`. A
-    finite weight of magnitude `overflow` or more does not fit the type.
+    finite weight of magnitude `overflow` or more does not fit the type. `falls_back` says that another type
+    was meant for this tensor, which its rows do not divide into.
     """
 
     name: str
@@ -56,11 +69,17 @@ class TensorPlan:
     offset: int
     row_step: int
     overflow: float
+    falls_back: bool = False
 
     @property
     def n_rows(self) -> int:
         """Number of rows; a vector is one row."""
         return self.shape[0] if len(self.shape) > 1 else 1
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a weight takes, its share of the scales included."""
+        return 8 * self.n_bytes / math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -74,11 +93,12 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One export: its files and its tensors in their order in the files."""
+    """One export: its files, its tensors in their order in the files, and what else a user should know."""
 
     request: Request
     files: tuple[FilePlan, ...]
     tensors: tuple[TensorPlan, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def n_bytes(self) -> int:
@@ -87,8 +107,13 @@ class Plan:
 
     @property
     def fallbacks(self) -> tuple[TensorPlan, ...]:
-        """The tensors that do not get the type asked for although they are matrices."""
-        return tuple(t for t in self.tensors if len(t.shape) > 1 and t.quant != self.request.quant)
+        """The tensors that do not get the type meant for them, since their rows do not fit its blocks."""
+        return tuple(tensor for tensor in self.tensors if tensor.falls_back)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of tensor data for each weight of the model, vectors included."""
+        return 8 * sum(t.n_bytes for t in self.tensors) / sum(math.prod(t.shape) for t in self.tensors)
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorPlan]:

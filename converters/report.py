@@ -123,7 +123,14 @@ def _version(package: str) -> str:
 
 def _plan(plan: Plan) -> dict[str, Any]:
     fallbacks = {t.written_name: f"{t.quant}: {t.reason}" for t in plan.fallbacks}
-    return {"request": str(plan.request), "n_bytes": plan.n_bytes, "fallbacks": fallbacks}
+    return {
+        "request": str(plan.request),
+        "n_bytes": plan.n_bytes,
+        "bits_per_weight": plan.bits_per_weight,
+        "types": {t.written_name: f"{t.quant}: {t.reason}" for t in plan.tensors},
+        "fallbacks": fallbacks,
+        "notes": list(plan.notes),
+    }
 
 
 def _check(check: Check) -> dict[str, Any]:

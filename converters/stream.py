@@ -23,7 +23,7 @@ from quantize.weights import Weights
 
 SLICE_ELEMENTS = 1 << 20
 # More would only wait for the disk, and each holds up to 20 MB in flight.
-_MAX_WORKERS = 16
+MAX_WORKERS = 16
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def stream(
     type, OutputError.
     """
     run = _Stream(weights, exports, options, on_event)
-    n_workers = min(options.n_threads, _MAX_WORKERS)
+    n_workers = min(options.n_threads, MAX_WORKERS)
     with _one_thread_per_worker(), ThreadPoolExecutor(n_workers) as pool:
         pending: deque[Future[_Outcome]] = deque()
         for part in run.slices():

@@ -4,6 +4,7 @@
     ├── UsageError               exit 2   a wrong or contradictory option, an unknown name
     ├── CheckpointError                   the source: missing, broken or of an unsupported kind
     ├── TokenizerError                    the tokenizer: missing, or not recognised
+    ├── ImatrixError                      the imatrix: unreadable, or made from another model
     ├── PlanError                         what was asked cannot be made from this checkpoint
     ├── OutputError                       the destination: exists, full, read-only
     ├── RuntimeMissingError               an optional runtime is not installed; names the install line
@@ -47,6 +48,10 @@ class CheckpointError(DscqError):
 
 class TokenizerError(DscqError):
     """The checkpoint's tokenizer is missing or is none of those that are recognised."""
+
+
+class ImatrixError(DscqError):
+    """The imatrix file cannot be read, holds what no imatrix can, or is that of another model."""
 
 
 class PlanError(DscqError):

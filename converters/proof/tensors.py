@@ -21,7 +21,7 @@ from quantize.fidelity import BlockReport, check_blocks, check_exact
 
 FLOATS: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STAGE = "tensors against their source"
-_MOST_WORKERS = 4  # each holds one decoded tensor
+MOST_WORKERS = 4  # each holds one decoded tensor
 _MOST_NAMED = 5
 
 
@@ -43,7 +43,7 @@ def prove_tensors(
         name for name in reference.weights.specs() if name in expected and found.get(name) == expected[name]
     ]
     tensors: list[TensorFigures] = []
-    with one_torch_thread_each(min(n_threads, _MOST_WORKERS)) as pool:
+    with one_torch_thread_each(min(n_threads, MOST_WORKERS)) as pool:
         for figures in pool.map(lambda name: compare_tensor(file, reference, name), names):
             tensors.append(figures)
             on_progress(STAGE, len(tensors), len(names))

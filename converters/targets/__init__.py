@@ -23,9 +23,12 @@ def parse_request(text: str) -> Request:
     if target is None:
         known = ", ".join(f"{name}:" for name in TARGETS)
         raise UsageError(f"--to {text}: unknown format {format_name!r}", hint=f"known formats: {known}")
-    for quant in target.quants:
-        if quant.lower() == quant_name.strip().lower():
-            return Request(target.format, quant)
+    name = quant_name.strip().upper()
+    named = {quant.upper(): quant for quant in target.quants}
+    if quant := named.get(target.aliases.get(name, name)):
+        return Request(target.format, quant)
     fault = f"unknown type {quant_name!r}" if colon else "the type is missing"
+    if name in target.refused:
+        fault = f"{name} is not written: {target.refused[name]}"
     known = ", ".join(f"{target.format}:{quant}" for quant in target.quants)
     raise UsageError(f"--to {text}: {fault}", hint=f"known: {known}")

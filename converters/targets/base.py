@@ -5,7 +5,7 @@ A target answers three questions in turn: what stands against it (`check`), what
 handed the same rows together with other targets: one read of the checkpoint serves all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -48,10 +48,20 @@ class Target(Protocol):
 
     @property
     def quants(self) -> Sequence[str]:
-        """The quant types of the format, in the spelling of their world."""
+        """The quant types or recipes of the format, in the spelling of their world."""
         ...
 
-    def check(self, checkpoint: Checkpoint, request: Request) -> list[str]:
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Other names that stand for one of `quants`."""
+        ...
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Names that the format knows and that are not written, each with the reason."""
+        ...
+
+    def check(self, checkpoint: Checkpoint, request: Request, options: ConvertOptions) -> list[str]:
         """Return every reason why this checkpoint cannot be written so; it must not read weights."""
         ...
 

@@ -1,15 +1,13 @@
 """GGUF: the format of llama.cpp and of everything built on it.
 
-Types follow llama.cpp's own rule for the plain types: vectors (the norms) are F32, every matrix gets the
-type asked for, token embedding and output head included. A matrix whose rows do not divide into the
-type's blocks falls back to F16, and the plan says so.
+A type for every tensor comes from a recipe, as llama-quantize mixes them: see `gguf_types`.
 
 The layout comes first: the head of a file states every tensor's offset, so it is complete before the
 first weight is read, and tensors can be written at their offsets in any order.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,15 +16,20 @@ import torch
 from converters.checkpoint import Checkpoint
 from converters.disk import PartialFile, rename_all
 from converters.gguf_file import head_bytes, padded, shard_name
+from converters.imatrix import Importances
 from converters.names import gguf_name, is_rotary, permute
 from converters.plan import ConvertOptions, FilePlan, Plan, Request, TensorPlan
 from converters.targets.gguf_fields import add_split_fields, bare_fields, gguf_fields
-from quantize.codecs import CODECS, codec
+from converters.targets.gguf_types import GgufTypes
+from quantize.codecs import codec
 from quantize.errors import PlanError
-from quantize.llama import LlamaConfig
+from quantize.recipes import ALIASES, RECIPES, Choice
 
-_VECTORS = "F32"
-_FALLBACK = "F16"
+_READ_ONLY = {
+    **dict.fromkeys(("TQ1_0", "TQ2_0"), "a model must be trained for ternary weights"),
+    **dict.fromkeys(("Q1_0", "Q2_0"), "a model must be trained for so few values"),
+    **dict.fromkeys(("MXFP4", "MXFP4_MOE", "NVFP4"), "it is for models that were trained in it"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,21 @@ class GgufTarget:
 
     @property
     def quants(self) -> Sequence[str]:
-        """Every type that has a codec."""
-        return tuple(CODECS)
+        """Every recipe."""
+        return tuple(RECIPES)
 
-    def check(self, checkpoint: Checkpoint, request: Request) -> list[str]:
-        """Return what stands against an export: a name that is no file name, odd heads, odd tokens."""
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """As in llama-quantize, `Q4_K` means `Q4_K_M`."""
+        return ALIASES
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Types that GGUF knows and that are not written."""
+        return _READ_ONLY
+
+    def check(self, checkpoint: Checkpoint, request: Request, options: ConvertOptions) -> list[str]:
+        """Return what stands against an export: its name, odd heads, odd tokens, types that cannot be."""
         reasons, config, name = [], checkpoint.config, checkpoint.provenance.name
         if not name or name.startswith(".") or "/" in name or "\0" in name:
             reasons.append(f"the model's name {name!r} cannot be a file name; give another with --name")
@@ -52,12 +65,13 @@ class GgufTarget:
             reasons.append(
                 f"{n_tokens} tokens for the embedding's {config.vocab_size} rows; GGUF needs one each"
             )
-        return reasons
+        return reasons + GgufTypes(config, RECIPES[request.quant], options).faults()
 
     def plan(self, checkpoint: Checkpoint, request: Request, options: ConvertOptions) -> Plan:
         """Return the layout; raises PlanError when a tensor alone is larger than `split_max_bytes`."""
-        layout = _Layout(checkpoint, request)
-        shards = _split(layout, _choose_types(checkpoint.config, request.quant), options.split_max_bytes)
+        types = GgufTypes(checkpoint.config, RECIPES[request.quant], options)
+        layout = _Layout(checkpoint, types)
+        shards = _split(layout, _unplaced(types), options.split_max_bytes)
         stem = f"{checkpoint.provenance.name}-{request.quant}"
         files: list[FilePlan] = []
         placed: list[TensorPlan] = []
@@ -69,19 +83,20 @@ class GgufTarget:
                 end += padded(tensor.n_bytes)
             name = f"{stem}.gguf" if len(shards) == 1 else shard_name(stem, number, len(shards))
             files.append(FilePlan(name, head, end))
-        return Plan(request, tuple(files), tuple(placed))
+        return Plan(request, tuple(files), tuple(placed), tuple(types.notes()))
 
     def open_writer(self, plan: Plan, options: ConvertOptions) -> "GgufWriter":
         """Create the files under temporary names, with their heads in place."""
-        return GgufWriter(plan, options.folder)
+        return GgufWriter(plan, options.folder, options.importances)
 
 
 class GgufWriter:
     """The files of one plan, being written."""
 
-    def __init__(self, plan: Plan, folder: Path) -> None:
+    def __init__(self, plan: Plan, folder: Path, importances: Importances | None) -> None:
         """Create every file in its full length; raises OutputError and leaves none when one fails."""
         self._plan = plan
+        self._importances = {} if importances is None else importances.rows
         self._files: list[PartialFile] = []
         try:
             for file in plan.files:
@@ -96,7 +111,8 @@ class GgufWriter:
         tensor = self._plan.by_name[name]
         # The row step of q and k is a head: rows change places within it alone.
         ordered = permute(rows, tensor.row_step) if is_rotary(name) else rows
-        blocks = codec(tensor.quant).encode(ordered)
+        # Importances are of columns, which keep their order.
+        blocks = codec(tensor.quant).encode(ordered, self._importances.get(name))
         offset = tensor.offset + first_row * blocks.shape[1]
         self._files[tensor.file].write(offset, blocks.numpy().data.cast("B"))
         return blocks
@@ -121,42 +137,37 @@ class _Layout:
     """The heads of an export's files."""
 
     checkpoint: Checkpoint
-    request: Request
+    types: GgufTypes
 
     def head(self, tensors: Sequence[TensorPlan], number: int, count: int, n_tensors: int) -> bytes:
         """Return the head of file `number` of `count`: all metadata is in the first."""
-        writer = gguf_fields(self.checkpoint, self.request.quant) if number == 0 else bare_fields()
+        writer = gguf_fields(self.checkpoint, self.types) if number == 0 else bare_fields()
         if count > 1:
             add_split_fields(writer, number, count, n_tensors)
         entries = ((t.written_name, t.shape, codec(t.quant).ggml_type, t.n_bytes) for t in tensors)
         return head_bytes(writer, entries)
 
 
-def _choose_types(config: LlamaConfig, asked: str) -> list[TensorPlan]:
-    """Return every tensor with its type and the reason for it, not yet placed."""
-    return [
-        _choose_type(name, shape, asked, config.head_dim) for name, shape in config.tensor_shapes().items()
-    ]
+def _unplaced(types: GgufTypes) -> list[TensorPlan]:
+    """Return every tensor with its type and the reason for it, at no place yet."""
+    shapes, head_dim = types.config.tensor_shapes(), types.config.head_dim
+    return [_tensor_plan(name, shapes[name], choice, head_dim) for name, choice in types.choices.items()]
 
 
-def _choose_type(name: str, shape: tuple[int, ...], asked: str, head_dim: int) -> TensorPlan:
-    n_columns, chosen, reason = shape[-1], codec(asked), "as asked"
-    if len(shape) == 1:
-        chosen, reason = codec(_VECTORS), "vectors are always F32"
-    elif n_columns % chosen.block_size:
-        reason = f"{n_columns} columns are no multiple of {chosen.block_size}, the block of {asked}"
-        chosen = codec(_FALLBACK)
+def _tensor_plan(name: str, shape: tuple[int, ...], choice: Choice, head_dim: int) -> TensorPlan:
+    kind = codec(choice.quant)
     return TensorPlan(
         name=name,
         written_name=gguf_name(name),
         shape=shape,
-        quant=chosen.name,
-        reason=reason,
-        n_bytes=math.prod(shape[:-1]) * chosen.row_bytes(n_columns),
+        quant=kind.name,
+        reason=choice.reason,
+        n_bytes=math.prod(shape[:-1]) * kind.row_bytes(shape[-1]),
         file=0,
         offset=0,
         row_step=head_dim if is_rotary(name) else 1,
-        overflow=chosen.overflow,
+        overflow=kind.overflow,
+        falls_back=choice.falls_back,
     )
 
 

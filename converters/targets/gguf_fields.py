@@ -9,8 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from gguf import GGUFWriter, RopeScalingType, size_label
 
 from converters.checkpoint import Checkpoint, Provenance
+from converters.imatrix import Importances
+from converters.plan import ConvertOptions
+from converters.targets.gguf_types import GgufTypes
 from converters.vocabulary import Vocabulary
-from quantize.codecs import codec
 from quantize.llama import LlamaConfig
 
 _QUANTIZATION_VERSION = 2  # ggml's GGML_QNT_VERSION
@@ -22,13 +24,15 @@ def bare_fields() -> GGUFWriter:
     return GGUFWriter(path=None, arch="llama")
 
 
-def gguf_fields(checkpoint: Checkpoint, quant: str) -> GGUFWriter:
-    """Return a writer, without a file, that holds every field of an export of this type."""
+def gguf_fields(checkpoint: Checkpoint, types: GgufTypes) -> GGUFWriter:
+    """Return a writer, without a file, that holds every field of an export of these types."""
     writer = bare_fields()
     _add_general(writer, checkpoint.provenance, checkpoint.config)
     writer.add_quantization_version(_QUANTIZATION_VERSION)
-    writer.add_file_type(codec(quant).file_type)
-    _add_own(writer, checkpoint.provenance, quant)
+    writer.add_file_type(types.recipe.file_type)
+    if types.importance_users() and types.options.importances is not None:
+        _add_importances(writer, types.options.importances)
+    _add_own(writer, checkpoint.provenance, types)
     _add_llama(writer, checkpoint.config)
     _add_tokenizer(writer, checkpoint.tokenizer.vocabulary)
     return writer
@@ -58,13 +62,36 @@ def _is_hub_id(source: str) -> bool:
     return source.count("/") == 1
 
 
-def _add_own(writer: GGUFWriter, provenance: Provenance, quant: str) -> None:
+def _add_importances(writer: GGUFWriter, importances: Importances) -> None:
+    """Add what llama-quantize says of an imatrix; of its path the name alone."""
+    writer.add_string("quantize.imatrix.file", importances.file)
+    writer.add_string("quantize.imatrix.dataset", importances.dataset)
+    writer.add_uint32("quantize.imatrix.entries_count", len(importances.rows))
+    if importances.n_chunks:
+        writer.add_uint32("quantize.imatrix.chunks_count", importances.n_chunks)
+
+
+def _add_own(writer: GGUFWriter, provenance: Provenance, types: GgufTypes) -> None:
     """Add how the file came about; fields without a value are left out."""
     writer.add_string("dscq.version", _own_version())
-    writer.add_string("dscq.recipe", quant)
+    writer.add_string("dscq.recipe", types.recipe.name)
+    writer.add_string("dscq.overrides", ", ".join(_overrides(types.options)))
     writer.add_string("dscq.source", provenance.source)
     writer.add_string("dscq.revision", provenance.revision or "")
     writer.add_string("dscq.adapter", provenance.adapter or "")
+
+
+def _overrides(options: ConvertOptions) -> list[str]:
+    """Return the options that changed the recipe, as they were given."""
+    named = {
+        "token_embd": options.token_embedding_type,
+        "output": options.output_tensor_type,
+    }
+    return [
+        *(["pure"] if options.pure else []),
+        *(f"{name}: {quant}" for name, quant in named.items() if quant),
+        *(f"{pattern}={quant}" for pattern, quant in options.tensor_types),
+    ]
 
 
 def _own_version() -> str:

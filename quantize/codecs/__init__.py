@@ -1,13 +1,17 @@
-"""The quant types that can be written: `codec("q8_0")`.
+"""The quant types: `codec("q8_0")`.
 
 Each family of block layouts is a file of this package; importing it registers its types.
 """
 
-from quantize.codecs import floats, legacy
+from quantize.codecs import floats, i_quants, iq4, k_quants, legacy, other
 from quantize.codecs.base import CODECS, Codec
 from quantize.errors import UsageError
 
-__all__ = ["CODECS", "Codec", "codec", "floats", "legacy"]
+__all__ = ["CODECS", "Codec", "codec", "floats", "i_quants", "iq4", "k_quants", "legacy", "other"]
+
+# The more bits, the earlier: the order in which users meet the types.
+for _kind in sorted(CODECS.values(), key=lambda kind: -kind.block_bytes / kind.block_size):
+    CODECS[_kind.name] = CODECS.pop(_kind.name)
 
 
 def codec(name: str) -> Codec:

@@ -21,7 +21,7 @@ class F32(Codec):
     name, ggml_type, file_type = "F32", 0, 0
     block_size, block_bytes = 1, 4
 
-    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+    def encode(self, rows: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """Return the rows as singles; a copy only where the dtype changes."""
         return rows.to(torch.float32).contiguous().view(torch.uint8)
 
@@ -37,7 +37,7 @@ class F16(Codec):
     block_size, block_bytes = 1, 2
     overflow = 65520.0
 
-    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+    def encode(self, rows: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """Return the rows as halves."""
         # By way of float32, which is exact: torch has no vectorised kernel from bf16 to half.
         wide = rows.float() if rows.dtype == torch.bfloat16 else rows
@@ -56,7 +56,7 @@ class BF16(Codec):
     # Half a step above the largest bf16 number, where rounding to nearest turns to infinity.
     overflow = (2 - 2.0**-8) * 2.0**127
 
-    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+    def encode(self, rows: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """Return the rows as brain floats; no copy where they are that already."""
         return rows.to(torch.bfloat16).contiguous().view(torch.uint8)
 

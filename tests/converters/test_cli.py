@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -49,7 +50,102 @@ def test_dry_run_writes_nothing(run: Run, make_checkpoint: MakeCheckpoint, tmp_p
     assert done.code == 0, done.err
     assert not (tmp_path / "o").exists()
     assert "blk.1.ffn_down.weight" in done.out
-    assert "nothing was written" in done.out
+    assert done.out.splitlines()[-1] == "nothing was written"
+
+
+def test_dry_run_shows_types_reasons_sizes_and_needs(
+    run: Run, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source = make_checkpoint(hidden_size=256, intermediate_size=352)
+    options = ("--tensor-type", "attn_output=Q6_K", "--output-tensor-type", "q8_0", "-o", tmp_path / "o")
+    done = run("convert", source, "--to", "gguf:Q4_K_M", "--dry-run", "--threads", 2, *options)
+    assert done.code == 0, done.err
+    rows = {line.split()[0]: line for line in done.out.splitlines() if line.strip()}
+    for name, words in {
+        "blk.1.attn_v.weight": ("[128, 256]", "Q6_K", "6.562", "as recipe Q4_K_M: attn_v of the layers that"),
+        "blk.0.attn_q.weight": ("[256, 256]", "Q4_K", "4.5", "36,864", "as recipe Q4_K_M"),
+        "blk.0.attn_output.weight": ("Q6_K", "override attn_output=Q6_K"),
+        "blk.0.attn_norm.weight": ("F32", "32", "vectors are always F32"),
+        "output.weight": ("Q8_0", "8.5", "--output-tensor-type"),
+    }.items():
+        assert all(word in rows[name] for word in words), rows[name]
+    assert "falls back to Q5_0" in done.out
+    assert "bits per weight" in done.out.splitlines()[0]
+    assert "gguf:Q4_K_M: override attn_output=Q6_K: 2 tensors" in done.out
+    assert "tiny-Q4_K_M.gguf" in done.out
+    assert rows["disk:"].endswith("are free")
+    assert rows["memory:"].startswith("memory: about 390 MB to write, ")
+
+
+def test_dry_run_of_a_recipe_as_json(run: Run, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint(hidden_size=256, intermediate_size=352)
+    done = run("convert", source, "--to", "gguf:q4_k", "-o", tmp_path / "o", "--dry-run", "--json")
+    found = json.loads(done.out)
+    (plan,) = found["plans"]
+    assert plan["request"] == "gguf:Q4_K_M"
+    n_bytes = sum(tensor["bytes"] for tensor in plan["tensors"])
+    n_weights = sum(8 * tensor["bytes"] / tensor["bits_per_weight"] for tensor in plan["tensors"])
+    assert plan["bits_per_weight"] == pytest.approx(8 * n_bytes / n_weights)
+    fallen = [tensor["name"] for tensor in plan["tensors"] if tensor["falls_back"]]
+    assert fallen == ["blk.0.ffn_down.weight", "blk.1.ffn_down.weight"]
+    assert found["needed"] == plan["bytes"]
+    assert min(found["memory"].values()) > 300_000_000
+
+
+def _imatrix(path: Path, n_columns: int = 256) -> Path:
+    """Write an imatrix in the older format, for two layers with matrices of 256 and 512 columns."""
+    widths = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up"), n_columns)
+    widths["ffn_down"] = 512
+    names = [(f"blk.{i}.{role}.weight", width) for i in range(2) for role, width in widths.items()]
+    data = struct.pack("<i", len(names))
+    for name, width in names:
+        data += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", 1, width)
+        data += torch.linspace(0.1, 3, width).numpy().tobytes()
+    path.write_bytes(data)
+    return path
+
+
+def test_a_recipe_of_two_bits_needs_its_imatrix(
+    run: Run, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source, out = make_checkpoint(hidden_size=256, intermediate_size=512), tmp_path / "o"
+    command = ("convert", source, "--to", "gguf:IQ2_S", "-o", out, "--no-proof")
+    refused = run(*command)
+    assert refused.code == 1
+    assert refused.err.count("needs an imatrix") == 5
+    assert "give one with --imatrix" in refused.err
+    assert not out.exists()
+    done = run(*command, "--imatrix", _imatrix(tmp_path / "imatrix.dat"))
+    assert done.code == 0, done.err
+    assert "gguf:IQ2_S: importances of 14 tensors from imatrix.dat (14 entries)" in done.err
+    described = json.loads(run("inspect", out / "tiny-IQ2_S.gguf", "--json").out)
+    assert described["findings"] == []
+    assert {tensor["quant"] for tensor in described["tensors"]} == {"F32", "IQ2_XS", "IQ3_S", "Q5_K"}
+
+
+def test_another_models_imatrix_is_refused(run: Run, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint(hidden_size=256, intermediate_size=512)
+    imatrix = _imatrix(tmp_path / "imatrix.dat", 128)
+    done = run("convert", source, "--to", "gguf:Q4_K_M", "-o", tmp_path / "o", "--imatrix", imatrix)
+    assert done.code == 1
+    assert "blk.0.attn_q.weight: 128 columns, the model's has 256" in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tensor-type", "ffn"), "--tensor-type ffn: expected PATTERN=TYPE"),
+        (("--output-tensor-type", "Q4_K_M"), "--output-tensor-type: 'Q4_K_M' is no quant type"),
+        (("--token-embedding-type", "NVFP4"), "--token-embedding-type: 'NVFP4' is read but not written"),
+        (("--imatrix", "absent.dat"), "absent.dat"),
+    ],
+)
+def test_options_that_name_no_type_are_usage_errors(
+    run: Run, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    done = run("convert", tmp_path, "--to", "gguf:Q4_K_M", *options)
+    assert done.code == 2
+    assert message in done.err
 
 
 def test_dry_run_as_json(run: Run, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

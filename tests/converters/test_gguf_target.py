@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from gguf import GGUFReader, GGUFValueType
 
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.gguf_file import GgufHead, read_head
+from converters.imatrix import Importances
 from converters.plan import ConvertOptions, Plan, Request
 from converters.targets import TARGETS
 from converters.vocabulary import Vocabulary
 from quantize.errors import PlanError
 
 GGUF = TARGETS["gguf"]
+PLAIN = ["F32", "F16", "BF16", "Q8_0"]
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def _head(plan: Plan, folder: Path, number: int = 0) -> GgufHead:
     return read_head(path)
 
 
-@pytest.mark.parametrize("quant", GGUF.quants)
+@pytest.mark.parametrize("quant", PLAIN)
 def test_vectors_are_f32_and_matrices_as_asked(checkpoint: Checkpoint, quant: str) -> None:
     plan = _plan(checkpoint, quant)
     assert [tensor.name for tensor in plan.tensors] == list(checkpoint.config.tensor_shapes())
@@ -54,7 +57,9 @@ def test_rows_that_are_no_whole_blocks_fall_back_with_a_reason(make_checkpoint: 
         ("blk.0.ffn_down.weight", "F16"),
         ("blk.1.ffn_down.weight", "F16"),
     ]
-    assert plan.fallbacks[0].reason == "80 columns are no multiple of 32, the block of Q8_0"
+    assert plan.fallbacks[0].reason == (
+        "as asked; Q8_0 falls back to F16: 80 columns are not a multiple of 32"
+    )
     assert plan.by_name["model.layers.0.mlp.up_proj.weight"].quant == "Q8_0"
 
 
@@ -158,12 +163,41 @@ def test_check_lists_every_reason(checkpoint: Checkpoint) -> None:
         config=replace(checkpoint.config, head_dim=15, vocab_size=7),
         provenance=replace(checkpoint.provenance, name="a/b"),
     )
-    assert GGUF.check(odd, Request("gguf", "F16")) == [
+    options = ConvertOptions(Path("out"), tensor_types=(("ffn_dwn", "Q6_K"),))
+    assert GGUF.check(odd, Request("gguf", "IQ4_NL"), options) == [
         "the model's name 'a/b' cannot be a file name; give another with --name",
         "heads of 15 rows: rotary embedding needs an even number",
         f"{vocabulary_size(checkpoint)} tokens for the embedding's 7 rows; GGUF needs one each",
+        (
+            "--tensor-type ffn_dwn=Q6_K: no matrix is left that it matches; names are like "
+            "blk.0.ffn_down.weight, and the first pattern that matches counts"
+        ),
     ]
-    assert GGUF.check(checkpoint, Request("gguf", "F16")) == []
+    assert GGUF.check(checkpoint, Request("gguf", "F16"), ConvertOptions(Path("out"))) == []
+
+
+def test_a_recipe_is_its_number_and_its_overrides(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    options = {"tensor_types": (("ffn_down", "Q5_0"),), "output_tensor_type": "Q8_0", "pure": True}
+    head = _head(_plan(checkpoint, "Q4_K_M", **options), tmp_path)
+    assert head.metadata["general.file_type"] == 15
+    assert head.metadata["dscq.recipe"] == "Q4_K_M"
+    assert head.metadata["dscq.overrides"] == "pure, output: Q8_0, ffn_down=Q5_0"
+    assert not [key for key in head.metadata if key.startswith("quantize.")]
+
+
+def test_the_importances_in_use_are_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    rows = {"model.layers.0.mlp.down_proj.weight": torch.ones(96)}
+    importances = Importances(rows, "mine.dat", "calibration.txt", 7)
+    head = _head(_plan(checkpoint, "IQ4_NL", importances=importances), tmp_path)
+    written = {key: value for key, value in head.metadata.items() if key.startswith("quantize.")}
+    assert written == {
+        "quantize.imatrix.file": "mine.dat",
+        "quantize.imatrix.dataset": "calibration.txt",
+        "quantize.imatrix.entries_count": 1,
+        "quantize.imatrix.chunks_count": 7,
+    }
+    unused = _head(_plan(checkpoint, "Q8_0", importances=importances), tmp_path)
+    assert not [key for key in unused.metadata if key.startswith("quantize.")]
 
 
 def test_shards_hold_whole_tensors_and_stay_below_the_size(checkpoint: Checkpoint, tmp_path: Path) -> None:

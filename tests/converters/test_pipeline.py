@@ -20,16 +20,16 @@ from converters import stream
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.disk import PartialFile
 from converters.gguf_source import open_gguf
+from converters.imatrix import Importances
 from converters.pipeline import TensorDone, convert, mark_failed, reread_hashes
 from converters.plan import ConvertOptions, Request, Written
 from converters.runtimes.llama_cpp import LlamaCpp
-from converters.targets import TARGETS
 from quantize.codecs import codec
 from quantize.errors import CheckpointError, OutputError, PlanError
 from quantize.weights import TensorSpec, TensorWeights, Weights
 
 ROOT = Path(__file__).parents[2]
-REQUESTS = [Request("gguf", quant) for quant in TARGETS["gguf"].quants]
+REQUESTS = [Request("gguf", quant) for quant in ("F32", "F16", "BF16", "Q8_0", "Q4_K_M")]
 F16 = [Request("gguf", "F16")]
 MakeCheckpoint = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -98,6 +98,27 @@ def test_what_is_written_is_what_was_there(
             rows = source.reshape(-1, source.shape[-1])
             expected = codec(kind).decode(codec(kind).encode(rows), rows.shape[1]).reshape(source.shape)
             assert torch.equal(file.weights.load(name).float(), expected), name
+
+
+def test_recipes_are_written_with_their_importances(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(hidden_size=256, intermediate_size=512))
+    shapes = checkpoint.config.tensor_shapes()
+    rows = {n: 0.1 + torch.rand(shape[1]) for n, shape in shapes.items() if len(shape) > 1 and "layers" in n}
+    importances = Importances(rows, "imatrix.gguf", "", 0)
+    requests = [Request("gguf", quant) for quant in ("Q4_K_M", "Q2_K_S", "IQ2_M", "IQ1_S")]
+    for written in _run(checkpoint, tmp_path, requests, importances=importances):
+        file = open_gguf(written.paths[0])
+        for name, kind in file.tensor_types.items():
+            source = checkpoint.weights.load(name)
+            if len(source.shape) > 1:
+                assert torch.equal(file.blocks(name), codec(kind).encode(source, rows.get(name))), name
+        searched = [n for n, kind in file.tensor_types.items() if codec(kind).uses_importance and n in rows]
+        plain = {n: codec(file.tensor_types[n]) for n in searched}
+        plain = {n: kind for n, kind in plain.items() if not kind.needs_importance}
+        assert plain and all(
+            not torch.equal(file.blocks(n), kind.encode(checkpoint.weights.load(n)))
+            for n, kind in plain.items()
+        )
 
 
 def test_q_and_k_lie_permuted_in_the_file(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.plan import ConvertOptions, Request
 from converters.proof.record import Check, Figure, Proof, RuntimeState, TensorFigures
 from converters.report import build_report, report_path, verdict, write_report
+from converters.targets import TARGETS
 from quantize.errors import OutputError
 from quantize.fidelity import BlockOutlier, BlockReport
 from quantize.metrics import Divergence
@@ -60,6 +62,20 @@ def test_report_holds_everything(checkpoint: Checkpoint) -> None:
 
 def test_no_path_of_this_machine_is_in_the_report(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(build_report(checkpoint, proof(GOOD)))
+
+
+def test_the_plan_is_in_the_report(make_checkpoint: Callable[..., Path]) -> None:
+    opened = open_checkpoint(make_checkpoint("other", hidden_size=256, intermediate_size=352))
+    options = ConvertOptions(Path("out"), tensor_types=(("attn_q", "Q6_K"),))
+    plan = TARGETS["gguf"].plan(opened, Request("gguf", "Q4_K_S"), options)
+    found = build_report(opened, proof(GOOD), plan=plan)["plan"]
+    assert (found["request"], found["n_bytes"]) == ("gguf:Q4_K_S", plan.n_bytes)
+    assert found["bits_per_weight"] == plan.bits_per_weight
+    assert found["types"]["blk.1.attn_q.weight"] == "Q6_K: override attn_q=Q6_K"
+    assert len(found["types"]) == len(plan.tensors)
+    assert list(found["fallbacks"]) == ["blk.0.ffn_down.weight", "blk.1.ffn_down.weight"]
+    assert found["fallbacks"]["blk.1.ffn_down.weight"].endswith(": 352 columns are not a multiple of 256")
+    assert found["notes"] == ["override attn_q=Q6_K: 2 tensors"]
 
 
 def test_report_without_a_proof(checkpoint: Checkpoint) -> None:
