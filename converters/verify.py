@@ -8,12 +8,14 @@
 
 All layers run even if an earlier one fails, so that a lost rope factor and a wrong EOS are both named; only a
 file that does not open ends the proof at once. A fault of the file is a failed check and never an
-exception. `converters.report` writes the result down.
+exception; a fault of anything else is an exception and never a failed check (`converters.proof.blame`).
+`converters.report` writes the result down.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +25,7 @@ from converters.bounds import FileBound, file_bound
 from converters.checkpoint import Checkpoint
 from converters.gguf_source import GgufFile, open_gguf
 from converters.probe import ProbeRows, probe_rows
+from converters.proof.blame import BlamelessWeights, NotTheFileError, not_the_file, one_line
 from converters.proof.forward import Side, Sides, compare_forwards, run_forward
 from converters.proof.metadata import compare_config, compare_vocabulary
 from converters.proof.record import (
@@ -37,7 +40,8 @@ from converters.proof.record import (
 )
 from converters.proof.runtime import Expected, prove_in_runtime
 from converters.proof.tensors import prove_tensors
-from quantize.errors import DscqError
+from converters.runtimes.llama_cpp import LlamaCpp
+from quantize.errors import DscqError, RuntimeMissingError, VerificationError
 from quantize.reference import ReferenceModel, usable_device
 
 __all__ = ["Check", "Proof", "ProofOptions", "Verifier", "verify"]
@@ -45,7 +49,7 @@ __all__ = ["Check", "Proof", "ProofOptions", "Verifier", "verify"]
 T = TypeVar("T")
 
 # What a damaged file makes its readers raise: our own errors, or those of the numbers it claims to hold.
-_FAULTS = (DscqError, OSError, ValueError, KeyError, IndexError, RuntimeError)
+_FAULTS = (DscqError, OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError)
 
 
 class Verifier:
@@ -58,6 +62,7 @@ class Verifier:
     def __init__(self, reference: Checkpoint, options: ProofOptions) -> None:
         usable_device(options.device)
         self.reference, self.options = reference, options
+        self.weights = BlamelessWeights(reference.weights, reference.provenance.source)
         self.probe: ProbeRows = probe_rows(
             reference.tokenizer,
             n_tokens=options.n_tokens,
@@ -66,20 +71,47 @@ class Verifier:
         self.rows = tuple(torch.tensor(row.ids, dtype=torch.int64) for row in self.probe.rows)
         self._checkpoint_side: Side | None = None
 
+    def check_runtime(self) -> None:
+        """Load the runtime's library, without a model: what can fail early fails before hours of work.
+
+        Raises UsageError for a `llama_lib` that is no libllama, RuntimeFailedError for an installed runtime
+        that does not load, VerificationError where the runtime is required and missing.
+        """
+        try:
+            LlamaCpp(self.options.llama_lib).check()
+        except RuntimeMissingError as error:
+            if self.options.require_runtime:
+                raise VerificationError(
+                    f"the proof needs the runtime, and {error.message}", hint=error.hint
+                ) from error
+
     def sides(self, file: GgufFile, on_progress: OnProgress) -> Sides:
         """Return both forwards over the probe, each by its own side's figures."""
-        if self._checkpoint_side is None:
-            model = ReferenceModel(self.reference.config, self.reference.weights, self.options.device)
-            self._checkpoint_side = run_forward("forward of the checkpoint", model, self.rows, on_progress)
+        with not_the_file():
+            checkpoint_side = self._checkpoint_forward(on_progress)
         model = ReferenceModel(file.config, file.weights, self.options.device)
         side = run_forward("forward of the file", model, self.rows, on_progress)
-        return Sides(self.rows, self._checkpoint_side, side)
+        return Sides(self.rows, checkpoint_side, side)
+
+    def _checkpoint_forward(self, on_progress: OnProgress) -> Side:
+        if self._checkpoint_side is None:
+            model = ReferenceModel(self.reference.config, self.weights, self.options.device)
+            self._checkpoint_side = run_forward("forward of the checkpoint", model, self.rows, on_progress)
+        return self._checkpoint_side
 
     def verify(self, path: Path, on_progress: OnProgress = lambda stage, done, total: None) -> Proof:
-        """Prove a GGUF (of several shards the first); what is wrong with it is a failed check."""
+        """Prove a GGUF (of several shards the first); what is wrong with it is a failed check.
+
+        Raises the checkpoint's own errors, CheckpointError for a source that is gone; DscqError where memory
+        or the device fails; UsageError for a `llama_lib` that is none.
+        """
         proof = _Proof(self, on_progress)
-        with torch_threads(self.options.n_threads):
-            return _run_layers(path, proof)
+        try:
+            with torch_threads(self.options.n_threads):
+                return _run_layers(path, proof)
+        except NotTheFileError as failure:
+            error = _explained(failure.error, self.options.device)
+            raise error from error.__cause__
 
 
 def verify(
@@ -104,6 +136,26 @@ def _run_layers(path: Path, proof: "_Proof") -> Proof:
     return proof.finished(file.paths)
 
 
+def _of_the_host(error: Exception) -> bool:
+    """Whether memory or the device failed: a CPU tensor without room is a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
+
+
+def _explained(error: Exception, device: str) -> Exception:
+    """Return an error in the user's words, if it is one of memory or the device, else as it is."""
+    if not _of_the_host(error):
+        return error
+    if isinstance(error, torch.AcceleratorError):
+        explained = DscqError(f"device {device} failed: {one_line(error)}", hint="--device cpu")
+    else:
+        hint = "--device cpu, or fewer --probe-tokens"
+        explained = DscqError(f"the proof does not fit the memory of {device}", hint=hint)
+    explained.__cause__ = error
+    return explained
+
+
 @contextmanager
 def torch_threads(n_threads: int) -> Iterator[None]:
     """Bound the threads of torch's operations for a while."""
@@ -120,7 +172,8 @@ class _Proof:
 
     def __init__(self, verifier: Verifier, on_progress: OnProgress) -> None:
         self.verifier, self.on_progress = verifier, on_progress
-        self.reference, self.options = verifier.reference, verifier.options
+        self.reference = replace(verifier.reference, weights=verifier.weights)
+        self.options = verifier.options
         self.checks: list[Check] = []
         self.figures: list[Figure] = []
         self.compared: tuple[TensorFigures, ...] = ()
@@ -129,17 +182,14 @@ class _Proof:
         self.seconds: dict[str, float] = {}
 
     def attempt(self, layer: Layer, name: str, work: Callable[[], T]) -> T | None:
-        """Return what `work` returns; its failure becomes a failed check, and None."""
+        """Return what `work` returns; the file's failure becomes a failed check, and None."""
         with self._timed(layer):
             try:
                 return work()
-            except torch.OutOfMemoryError as error:  # no fault of the file
-                raise DscqError(
-                    f"the proof does not fit the memory of {self.options.device}",
-                    hint="--device cpu, or fewer --probe-tokens",
-                ) from error
             except _FAULTS as error:
-                self.checks.append(Check(layer, name, False, detail=str(error) or type(error).__name__))
+                if _of_the_host(error):
+                    raise NotTheFileError(error) from error
+                self.checks.append(Check(layer, name, False, detail=one_line(error)))
                 return None
 
     @contextmanager
@@ -194,10 +244,12 @@ class _Proof:
                 file.paths[0], expected, sides, self._bound(), self.options, self.on_progress
             ),
         )
-        if done is not None:
-            self.checks += done.checks
-            self.figures += done.figures
-            self.state = done.state
+        if done is None:
+            self.state = RuntimeState("failed")
+            return
+        self.checks += done.checks
+        self.figures += done.figures
+        self.state = done.state
 
     def _bound(self) -> FileBound:
         return file_bound(self.quant_types, self.options.predicted_kl)

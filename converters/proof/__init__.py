@@ -4,5 +4,6 @@ record.py     Check, Proof and the other plain records that the report and the t
 metadata.py   the file's figures and vocabulary against the checkpoint's
 tensors.py    (a) every tensor against its source, block by block
 forward.py    (b) the file's weights in the reference forward against the checkpoint's
+blame.py      whose fault an error is: only the file's may fail a check
 runtime.py    (c) llama.cpp's logits and token ids against both
 """

@@ -77,7 +77,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class RuntimeState:
-    """The runtime's part. "failed" means that it refused the file or died; `hint` is the install line."""
+    """The runtime's part. "failed": it refused the file, died, or differs. `hint` is the install line."""
 
     status: Literal["proven", "unproven in the runtime", "failed", "not reached"] = "not reached"
     version: str = ""

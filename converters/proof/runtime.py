@@ -5,14 +5,15 @@ the checkpoint's tokens, and give the reference forward's logits at every positi
 activations in its kernels.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from converters.bounds import FileBound
 from converters.probe_strings import probe_strings
+from converters.proof.blame import not_the_file, one_line
 from converters.proof.forward import POSITIONS, Sides, figures_of, kl_check
 from converters.proof.metadata import first_difference
 from converters.proof.record import Check, Figure, OnProgress, ProofOptions, RuntimeState
@@ -52,27 +53,43 @@ def prove_in_runtime(
     options: ProofOptions,
     on_progress: OnProgress,
 ) -> RuntimeProof:
-    """Run layer (c); without `sides` (the forwards failed) only facts and tokens are compared."""
-    try:
-        runtime = LlamaCpp(options.llama_lib)
-    except RuntimeMissingError as error:
-        checks = (Check("runtime", "installed", False, detail=str(error)),) if options.require_runtime else ()
-        return RuntimeProof(checks, (), RuntimeState("unproven in the runtime", hint=error.hint))
+    """Run layer (c); without `sides` (the forwards failed) only facts and tokens are compared.
+
+    Raises NotTheFileError for a library that does not load: it would not do so with any file.
+    """
+    with not_the_file():
+        try:
+            worker = LlamaCpp(options.llama_lib).start()
+        except RuntimeMissingError as error:
+            return _without_runtime(error, options)
     collected: list[Check] = []
     figures: list[Figure] = []
+    state = RuntimeState(version=worker.version)
     longest = max((len(row) for row in sides.rows), default=1) if sides is not None else 1
     try:
-        with runtime.open(path, n_ctx=longest, n_threads=options.n_threads) as session:
-            state = RuntimeState("proven", runtime.version, session.facts.system)
+        with Session(worker, path, n_ctx=longest, n_threads=options.n_threads) as session:
+            state = replace(state, system=session.facts.system)
             collected += compare_facts(session.facts, expected)
             collected.append(compare_tokens(session, expected.tokenizer))
             if sides is not None:
                 figures += compare_logits(session, sides, on_progress)
                 collected += (kl_check("runtime", figure, _bound(figure, bound)) for figure in figures)
     except RuntimeFailedError as error:
-        state = RuntimeState("failed", runtime.version)
-        collected.append(Check("runtime", "runs the file", False, detail=str(error)))
-    return RuntimeProof(tuple(collected), tuple(figures), state)
+        collected.append(Check("runtime", "runs the file", False, detail=one_line(error)))
+    return RuntimeProof(tuple(collected), tuple(figures), _concluded(state, collected, sides))
+
+
+def _without_runtime(error: RuntimeMissingError, options: ProofOptions) -> RuntimeProof:
+    required = Check("runtime", "installed", False, detail=one_line(error))
+    checks = (required,) if options.require_runtime else ()
+    return RuntimeProof(checks, (), RuntimeState("unproven in the runtime", hint=error.hint))
+
+
+def _concluded(state: RuntimeState, checks: Sequence[Check], sides: Sides | None) -> RuntimeState:
+    """Return the state after all checks: facts and token ids alone are no proof of the weights."""
+    if not all(check.passed for check in checks):
+        return replace(state, status="failed")
+    return replace(state, status="proven" if sides is not None else "unproven in the runtime")
 
 
 def compare_facts(facts: RuntimeFacts, expected: Expected) -> list[Check]:
@@ -113,11 +130,14 @@ def compare_tokens(session: Session, tokenizer: CheckpointTokenizer) -> Check:
     Texts with bytes that the vocabulary has no token for are left out: what stands for those is each
     runtime's own affair.
     """
-    texts = [text for text in probe_strings() if tokenizer.can_spell(text)]
-    faults = []
-    for text, got in zip(texts, session.tokenize(texts), strict=True):
-        if got != (want := tokenizer.encode(text)):
-            faults.append(f"{text[:40]!r}: {first_difference(got, want)}")
+    with not_the_file():
+        expected = {text: tokenizer.encode(text) for text in probe_strings() if tokenizer.can_spell(text)}
+    texts = list(expected)
+    faults = [
+        f"{text[:40]!r}: {first_difference(got, expected[text])}"
+        for text, got in zip(texts, session.tokenize(texts), strict=True)
+        if got != expected[text]
+    ]
     detail = (
         f"{len(faults)} of {len(texts)} texts differ, the first {faults[0]}"
         if faults

@@ -30,12 +30,14 @@ from typing import Any, BinaryIO, Self, cast
 import numpy as np
 import numpy.typing as npt
 
-from quantize.errors import RuntimeFailedError, RuntimeMissingError
+from quantize.errors import DscqError, RuntimeFailedError, RuntimeMissingError, UsageError
 
-INSTALL = 'pip install "dscq[llama]"'
 PACKAGE = "xllamacpp"
+VERSION = "2026.10.11549"  # the pin of the `llama` extra
+INSTALL = f"pip install {PACKAGE}=={VERSION}"
 N_BATCH = 512
 _WORKER = Path(__file__).with_name("llama_cpp_worker.py")
+_NAME_ONE = "give the path of a libllama"
 _LAST_LINES = 6
 _TELLING = ("error", "fail", "assert", "invalid", "corrupt")
 
@@ -67,46 +69,67 @@ class RuntimeFacts:
 
 
 class LlamaCpp:
-    """A llama.cpp library: the wheel's, or `library`. Nothing is loaded before `open`."""
+    """A llama.cpp library: the wheel's, or `library`. Nothing is loaded before `start`."""
 
     def __init__(self, library: Path | None = None) -> None:
-        """Find the library. Raises RuntimeMissingError if there is none, naming the install line."""
+        """Find the library.
+
+        Raises RuntimeMissingError if none is installed, naming the install line, and UsageError for a
+        `library` that is no file.
+        """
         if library is not None and not library.is_file():
-            raise RuntimeMissingError(
-                f"--llama-lib {library}: no such file", hint="give the path of a libllama"
-            )
+            raise UsageError(f"--llama-lib {library}: no such file", hint=_NAME_ONE)
+        self._named = library is not None
         self.library = _wheel_library() if library is None else library.resolve()
         self.version = f"{PACKAGE} {importlib.metadata.version(PACKAGE)}" if library is None else str(library)
 
     def open(self, path: Path, *, n_ctx: int, n_threads: int) -> "Session":
         """Load a file (of several shards the first) for rows of up to `n_ctx` tokens.
 
-        Raises RuntimeFailedError, with the library's last words, if it does not load.
+        Raises RuntimeFailedError, with the library's last words, if it does not load, and what `start` does.
         """
-        return Session(self, path, n_ctx, n_threads)
+        return Session(self.start(), path, n_ctx=n_ctx, n_threads=n_threads)
+
+    def start(self) -> "Worker":
+        """Start a worker with the library loaded and every function found, but no model.
+
+        Raises, if the library does not load, UsageError for one that the user named and RuntimeFailedError
+        for the wheel's.
+        """
+        worker = Worker(self.version)
+        try:
+            worker.ask("load", library=str(self.library))
+        except RuntimeFailedError as error:
+            worker.close()
+            raise self._unusable(error) from error
+        except BaseException:
+            worker.close()
+            raise
+        return worker
+
+    def check(self) -> None:
+        """Load the library and let it go again; raises what `start` does."""
+        self.start().close()
+
+    def _unusable(self, error: RuntimeFailedError) -> DscqError:
+        if self._named:
+            return UsageError(f"--llama-lib {error.message}", reasons=error.reasons, hint=_NAME_ONE)
+        return RuntimeFailedError(error.message, reasons=error.reasons, hint=f"{INSTALL} --force-reinstall")
 
 
 class Session:
-    """A file, loaded. A context manager; `close` ends the worker.
+    """A file, loaded by a worker, which it owns. A context manager; `close` ends the worker.
 
     Every method raises RuntimeFailedError if the runtime refuses, or dies.
     """
 
-    def __init__(self, runtime: LlamaCpp, path: Path, n_ctx: int, n_threads: int) -> None:
-        self._runtime, self._path = runtime, path
-        self._log: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115  (closed by close)
-        # -P: the worker's own folder must not become a place to import from.
-        command = [sys.executable, "-P", str(_WORKER)]
-        pipe = subprocess.PIPE
-        self._worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._log)
-        self._requests = cast(BinaryIO, self._worker.stdin)
-        self._answers = cast(io.BufferedReader, self._worker.stdout)
+    def __init__(self, worker: "Worker", path: Path, *, n_ctx: int, n_threads: int) -> None:
+        self._worker = worker
+        worker.busy_with = f" while it worked on {path}"
         try:
-            self.facts = _facts(
-                self._ask("open", library=str(runtime.library), **_shape(path, n_ctx, n_threads))
-            )
+            self.facts = _facts(worker.ask("open", **_shape(path, n_ctx, n_threads)))
         except BaseException:
-            self.close()
+            worker.close()
             raise
 
     def __enter__(self) -> Self:
@@ -126,7 +149,7 @@ class Session:
         self, texts: Sequence[str], *, add_special: bool = True, parse_special: bool = True
     ) -> list[list[int]]:
         """Return the ids of each text by the runtime's tokenizer, BOS by its own rule if `add_special`."""
-        answer = self._ask(
+        answer = self._worker.ask(
             "tokenize", texts=list(texts), add_special=add_special, parse_special=parse_special
         )
         ids: list[list[int]] = answer["ids"]
@@ -150,12 +173,7 @@ class Session:
 
     def close(self) -> None:
         """End the worker and wait for it."""
-        self._worker.kill()
-        self._worker.wait()
-        self._answers.close()
-        with contextlib.suppress(BrokenPipeError):  # what was still buffered for a worker that is gone
-            self._requests.close()
-        self._log.close()
+        self._worker.close()
 
     def _last_logits(self, ids: Sequence[int]) -> Logits:
         for start in range(0, len(ids), N_BATCH):
@@ -163,13 +181,43 @@ class Session:
         return cast(Logits, last[0])
 
     def _decode(self, ids: Sequence[int], start: int, *, want_all: bool) -> Logits:
-        answer = self._ask("decode", ids=[int(i) for i in ids], start=start, all=want_all)
-        data = bytearray(answer["n_bytes"])
-        if self._answers.readinto(data) < len(data):
-            raise self._died()
+        answer = self._worker.ask("decode", ids=[int(i) for i in ids], start=start, all=want_all)
+        data = self._worker.read(answer["n_bytes"])
         return np.frombuffer(data, dtype="<f4").reshape(answer["n_rows"], -1)
 
-    def _ask(self, what: str, **request: Any) -> dict[str, Any]:
+
+class Worker:
+    """The process that the library lives in, and the pipes to it. `close` ends it.
+
+    Every method raises RuntimeFailedError if the library refuses, or the process dies.
+    """
+
+    def __init__(self, version: str) -> None:
+        """Start the process. Raises RuntimeFailedError where the system does not let it."""
+        self.version, self.busy_with = version, ""
+        # -P: the worker's own folder must not become a place to import from.
+        command, pipe = [sys.executable, "-P", str(_WORKER)], subprocess.PIPE
+        try:
+            with contextlib.ExitStack() as opened:
+                self._log: BinaryIO = opened.enter_context(tempfile.TemporaryFile())
+                self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._log)
+                opened.pop_all()  # from here on `close` closes it
+        except OSError as error:
+            raise RuntimeFailedError(f"{version} cannot be started: {error}") from error
+        self._requests = cast(BinaryIO, self.process.stdin)
+        self._answers = cast(io.BufferedReader, self.process.stdout)
+
+    def close(self) -> None:
+        """End the process and wait for it."""
+        self.process.kill()
+        self.process.wait()
+        self._answers.close()
+        with contextlib.suppress(BrokenPipeError):  # what was still buffered for a worker that is gone
+            self._requests.close()
+        self._log.close()
+
+    def ask(self, what: str, **request: Any) -> dict[str, Any]:
+        """Send one request and return its answer."""
         try:
             self._requests.write(json.dumps({"do": what, **request}).encode("ascii") + b"\n")
             self._requests.flush()
@@ -180,17 +228,20 @@ class Session:
             raise self._died()
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise RuntimeFailedError(
-                f"{self._runtime.version}: {answer['error']}", reasons=self._last_words()
-            )
+            raise RuntimeFailedError(f"{self.version}: {answer['error']}", reasons=self._last_words())
         return answer
 
+    def read(self, n_bytes: int) -> bytearray:
+        """Return the raw bytes that follow an answer."""
+        data = bytearray(n_bytes)
+        if self._answers.readinto(data) < n_bytes:
+            raise self._died()
+        return data
+
     def _died(self) -> RuntimeFailedError:
-        status = self._worker.wait()
+        status = self.process.wait()
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        return RuntimeFailedError(
-            f"{self._runtime.version} {how} while it worked on {self._path}", reasons=self._last_words()
-        )
+        return RuntimeFailedError(f"{self.version} {how}{self.busy_with}", reasons=self._last_words())
 
     def _last_words(self) -> list[str]:
         """The last lines of the library's log that sound like a reason; the last of all if none does."""

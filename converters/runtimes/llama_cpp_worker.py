@@ -8,7 +8,8 @@ library is imported: the worker is there within a tenth of a second.
     answer     one line of JSON on standard output: {"n_rows": 512, ...} or {"error": "..."}
                then `n_bytes` of raw f32 logits, if the answer names a number of bytes
 
-What the library prints goes to standard error; the parent keeps it for the day something fails.
+The first request, {"do": "load", "library": "..."}, only loads the library, and is answered by {}. What the
+library prints goes to standard error; the parent keeps it for the day something fails.
 
 The C API is called by ctypes. Only `llama_batch` is spelled out, the one struct that must be filled in; it
 has not changed since 2023. The two parameter structs, which do change, are passed as an opaque blob larger
@@ -228,8 +229,10 @@ def main() -> None:
         try:
             request = json.loads(line)
             if runtime is None:
-                runtime = Runtime(request.pop("library"))
-            answer(runtime, request, out)
+                runtime = Runtime(request["library"])
+                send(out, {})
+            else:
+                answer(runtime, request, out)
         except WorkerError as error:
             send(out, {"error": str(error)})
         out.flush()

@@ -15,9 +15,9 @@ from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.pipeline import convert
 from converters.plan import ConvertOptions
 from converters.runtimes import llama_cpp
-from converters.runtimes.llama_cpp import LlamaCpp, Session, sample
+from converters.runtimes.llama_cpp import LlamaCpp, Session, Worker, sample
 from converters.targets import parse_request
-from quantize.errors import RuntimeFailedError, RuntimeMissingError
+from quantize.errors import RuntimeFailedError, RuntimeMissingError, UsageError
 from quantize.metrics import kl_divergence
 from quantize.reference import ReferenceModel
 
@@ -120,8 +120,8 @@ def test_a_truncated_file_is_refused_in_the_librarys_words(path: Path) -> None:
 
 @needs_runtime
 def test_a_crash_is_an_error_and_not_the_end(session: Session) -> None:
-    session._worker.send_signal(signal.SIGABRT)
-    session._worker.wait()
+    session._worker.process.send_signal(signal.SIGABRT)
+    session._worker.process.wait()
     with pytest.raises(RuntimeFailedError, match="was ended by SIGABRT while it worked on"):
         session.tokenize(["x"])
 
@@ -149,27 +149,60 @@ def test_a_library_with_another_struct_is_refused(
         LlamaCpp().open(path, n_ctx=600, n_threads=1)
 
 
-def test_a_library_that_is_no_libllama_is_refused(path: Path) -> None:
+def test_a_library_that_is_no_libllama_is_refused() -> None:
     standard_library = Path(next(iter(Path("/lib").glob("*/libm.so.6")), "/lib/libm.so.6"))
     if not standard_library.exists():
         pytest.skip("no libm.so.6 to try")
-    with pytest.raises(RuntimeFailedError, match="is no libllama, or one of another age: it lacks llama_"):
-        LlamaCpp(standard_library).open(path, n_ctx=16, n_threads=1)
+    with pytest.raises(
+        UsageError, match=r"--llama-lib .* is no libllama, or one of another age: it lacks llama_"
+    ):
+        LlamaCpp(standard_library).check()
 
 
 def test_a_named_library_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeMissingError, match="no such file"):
+    with pytest.raises(UsageError, match=r"--llama-lib .*: no such file"):
         LlamaCpp(tmp_path / "libllama.so")
+
+
+@needs_runtime
+def test_the_installed_library_is_loaded_without_a_model() -> None:
+    LlamaCpp().check()
+
+
+def test_a_wheel_that_does_not_load_is_no_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "xllamacpp.abi3.so"
+    broken.write_text("no library")
+    runtime = LlamaCpp(broken)
+    monkeypatch.setattr(runtime, "_named", False)
+    with pytest.raises(RuntimeFailedError, match="the library does not load") as error:
+        runtime.check()
+    assert error.value.hint == f"{llama_cpp.INSTALL} --force-reinstall"
+
+
+def test_a_system_that_starts_no_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_process(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("subprocess.Popen", no_process)
+    with pytest.raises(RuntimeFailedError, match=r"cannot be started: .*temporarily unavailable"):
+        Worker("llama.cpp")
 
 
 def test_without_the_package_the_install_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_cpp, "PACKAGE", "a_package_that_is_not_installed")
     with pytest.raises(RuntimeMissingError) as error:
         LlamaCpp()
-    assert error.value.hint == 'pip install "dscq[llama]"'
+    assert error.value.hint == llama_cpp.INSTALL
+
+
+def test_the_install_line_names_the_extras_pin() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    (requirement,) = extras["llama"]
+    assert f"pip install {requirement}" == llama_cpp.INSTALL
 
 
 @needs_runtime
 def test_the_wheel_is_the_pinned_one() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
-    assert extras["llama"] == [f"{llama_cpp.PACKAGE}=={importlib.metadata.version(llama_cpp.PACKAGE)}"]
+    assert importlib.metadata.version(llama_cpp.PACKAGE) == llama_cpp.VERSION

@@ -85,8 +85,8 @@ def test_report_without_a_proof(checkpoint: Checkpoint) -> None:
 def test_verdicts() -> None:
     assert verdict(proof(GOOD)) == "proven, in xllamacpp 1"
     assert verdict(proof(GOOD, BAD)) == "failed: metadata: eos_id"
-    unproven = RuntimeState("unproven in the runtime", hint='pip install "dscq[llama]"')
-    assert verdict(proof(GOOD, runtime=unproven)) == 'unproven in the runtime: pip install "dscq[llama]"'
+    unproven = RuntimeState("unproven in the runtime", hint="pip install it")
+    assert verdict(proof(GOOD, runtime=unproven)) == "unproven in the runtime: pip install it"
 
 
 def test_checks_name_themselves() -> None:

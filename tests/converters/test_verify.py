@@ -1,9 +1,11 @@
 """The proof passes good files, and names what is wrong with every kind of bad one."""
 
 import importlib.util
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -13,14 +15,23 @@ from converters.gguf_file import read_head
 from converters.names import gguf_name, permute
 from converters.pipeline import convert
 from converters.plan import ConvertOptions
+from converters.proof.blame import NotTheFileError, one_line
 from converters.proof.record import LATE, Proof, ProofOptions
+from converters.proof.runtime import compare_tokens
 from converters.runtimes import llama_cpp
 from converters.targets import parse_request
 from converters.tokenizer import CheckpointTokenizer
-from converters.verify import verify
+from converters.verify import Verifier, verify
 from converters.vocabulary import Vocabulary
-from quantize.errors import UsageError
-from quantize.llama import LlamaConfig, block_tensor
+from quantize.errors import (
+    CheckpointError,
+    DscqError,
+    RuntimeFailedError,
+    TokenizerError,
+    UsageError,
+    VerificationError,
+)
+from quantize.llama import FINAL_NORM, HEAD, LlamaConfig, block_tensor
 from quantize.weights import TensorSpec, Weights
 
 MakeCheckpoint = Callable[..., Path]
@@ -156,6 +167,7 @@ def test_lost_rope_factor_is_found(checkpoint: Checkpoint, write: Write) -> None
         proof
     )
     assert "runtime: mean KL checkpoint -> runtime" in failed(proof)
+    assert proof.runtime.status == "failed"
     assert "runtime: mean KL file -> runtime" not in failed(proof)
 
 
@@ -244,18 +256,154 @@ def test_without_the_runtime_the_file_is_unproven_there(
     proof = verify(path, checkpoint, SHORT)
     assert proof.passed
     assert proof.runtime.status == "unproven in the runtime"
-    assert proof.runtime.hint == 'pip install "dscq[llama]"'
+    assert proof.runtime.hint == llama_cpp.INSTALL
     required = verify(path, checkpoint, replace(SHORT, require_runtime=True))
     assert failed(required) == {"runtime: installed"}
 
 
-def test_runtime_that_refuses_is_a_failed_check(checkpoint: Checkpoint, write: Write, tmp_path: Path) -> None:
-    broken = tmp_path / "libllama.so"
-    broken.write_text("no library")
-    proof = verify(write(checkpoint), checkpoint, replace(SHORT, llama_lib=broken))
+@needs_runtime
+@pytest.mark.runtime
+def test_runtime_that_refuses_is_a_failed_check(
+    checkpoint: Checkpoint, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeFailedError("refused", reasons=["one", "two"], hint="a hint")
+
+    path = write(checkpoint)
+    monkeypatch.setattr(llama_cpp.Session, "tokenize", refuse)
+    proof = verify(path, checkpoint, SHORT)
     assert failed(proof) == {"runtime: runs the file"}
     assert proof.runtime.status == "failed"
-    assert "does not load" in proof.failures[0].detail
+    assert proof.failures[0].detail == "refused: one; two"
+
+
+@needs_runtime
+@pytest.mark.runtime
+def test_without_a_forward_the_runtime_proves_nothing(
+    checkpoint: Checkpoint, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*_: object) -> None:
+        raise TypeError("a damaged file")
+
+    path = write(checkpoint)
+    monkeypatch.setattr("converters.verify.compare_forwards", damaged)
+    proof = verify(path, checkpoint, SHORT)
+    assert [check.detail for check in proof.failures] == ["a damaged file"]
+    assert proof.runtime.status == "unproven in the runtime"
+
+
+def broken_library(folder: Path) -> Path:
+    library = folder / "libllama.so"
+    library.write_text("no library")
+    return library
+
+
+def test_a_broken_library_is_the_users_mistake_and_not_the_files(
+    checkpoint: Checkpoint, write: Write, tmp_path: Path
+) -> None:
+    options = replace(SHORT, llama_lib=broken_library(tmp_path))
+    with pytest.raises(UsageError, match=r"--llama-lib .*does not load"):
+        Verifier(checkpoint, options).check_runtime()
+    with pytest.raises(UsageError, match=r"--llama-lib .*does not load"):
+        verify(write(checkpoint), checkpoint, options)
+
+
+def test_a_required_runtime_is_missed_at_once(checkpoint: Checkpoint, without_runtime: None) -> None:
+    Verifier(checkpoint, SHORT).check_runtime()
+    with pytest.raises(VerificationError) as error:
+        Verifier(checkpoint, replace(SHORT, require_runtime=True)).check_runtime()
+    assert error.value.hint == llama_cpp.INSTALL
+
+
+@needs_runtime
+@pytest.mark.runtime
+def test_an_installed_runtime_is_ready(checkpoint: Checkpoint) -> None:
+    Verifier(checkpoint, replace(SHORT, require_runtime=True)).check_runtime()
+
+
+@pytest.mark.parametrize("name", [FINAL_NORM, HEAD], ids=["read by all layers", "read late"])
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (OSError(5, "Input/output error"), CheckpointError),
+        (CheckpointError("the network is gone"), CheckpointError),
+        (RuntimeError("anything"), RuntimeError),
+    ],
+    ids=["disk", "network", "other"],
+)
+@pytest.mark.parametrize("layers", ["all", "forward"])
+def test_a_source_that_goes_away_is_no_fault_of_the_file(
+    checkpoint: Checkpoint,
+    write: Write,
+    without_runtime: None,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    error: Exception,
+    seen: type[Exception],
+    layers: str,
+) -> None:
+    def gone(loaded: str, tensor: torch.Tensor) -> torch.Tensor:
+        if loaded == name:
+            raise error
+        return tensor
+
+    path = write(checkpoint)
+    if layers == "forward":
+        monkeypatch.setattr("converters.verify.prove_tensors", lambda *_, **__: None)
+    source = replace(checkpoint, weights=Changed(checkpoint.weights, gone))
+    with pytest.raises(seen, match=re.escape(error.args[-1])) as raised:
+        verify(path, source, SHORT)
+    if isinstance(error, OSError):
+        assert str(raised.value).startswith(f"{checkpoint.provenance.source}: {name}")
+    else:
+        assert raised.value is error
+
+
+def test_a_tokenizer_that_fails_is_no_fault_of_the_file(
+    checkpoint: Checkpoint, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Answering:
+        def tokenize(self, texts: list[str]) -> list[list[int]]:
+            return [[] for _ in texts]
+
+    def fail(*_: object, **__: object) -> None:
+        raise TokenizerError("cannot encode")
+
+    monkeypatch.setattr(CheckpointTokenizer, "encode", fail)
+    with pytest.raises(NotTheFileError, match="cannot encode"):
+        compare_tokens(cast(llama_cpp.Session, Answering()), checkpoint.tokenizer)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        torch.AcceleratorError("CUDA error: the launch failed", 719),
+    ],
+    ids=["gpu memory", "memory", "gpu"],
+)
+def test_a_machine_that_fails_is_no_fault_of_the_file(
+    checkpoint: Checkpoint,
+    write: Write,
+    without_runtime: None,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    path = write(checkpoint)
+    monkeypatch.setattr("converters.verify.compare_forwards", fail)
+    with pytest.raises(DscqError) as raised:
+        verify(path, checkpoint, SHORT)
+    assert "--device cpu" in raised.value.hint
+
+
+def test_errors_in_one_line() -> None:
+    assert one_line(CheckpointError("bad", reasons=["a", "b"], hint="do this")) == "bad: a; b"
+    assert one_line(ValueError("first\nsecond")) == "first"
+    assert one_line(ValueError()) == "ValueError"
 
 
 def test_a_prediction_sets_the_bound(checkpoint: Checkpoint, write: Write, without_runtime: None) -> None:

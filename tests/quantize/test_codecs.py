@@ -44,7 +44,7 @@ def _awkward_rows() -> torch.Tensor:
 def _libggml() -> ctypes.CDLL:
     package = importlib.util.find_spec("xllamacpp")
     if package is None or not package.submodule_search_locations:
-        pytest.skip("the llama.cpp runtime is not installed: pip install 'dscq[llama]'")
+        pytest.skip("the llama.cpp runtime is not installed (the `llama` extra)")
     return ctypes.CDLL(str(Path(package.submodule_search_locations[0]) / "xllamacpp.abi3.so"))
 
 

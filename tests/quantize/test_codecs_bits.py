@@ -73,7 +73,7 @@ IMPORTANCES = _importances()
 def libggml() -> ctypes.CDLL:
     package = importlib.util.find_spec("xllamacpp")
     if package is None or not package.submodule_search_locations:
-        pytest.skip("the llama.cpp runtime is not installed: pip install 'dscq[llama]'")
+        pytest.skip("the llama.cpp runtime is not installed (the `llama` extra)")
     library = ctypes.CDLL(str(Path(package.submodule_search_locations[0]) / "xllamacpp.abi3.so"))
     pointer, int64 = ctypes.c_void_p, ctypes.c_int64
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
