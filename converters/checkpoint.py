@@ -46,6 +46,7 @@ class Checkpoint:
     """A model ready to be converted: everything is checked except the values of the weights.
 
     `notes` are remarks for the user: a tokenizer taken from elsewhere, a rule that was inferred.
+    `source_files` are the files of a GGUF source, whose place no export may take.
     """
 
     config: LlamaConfig
@@ -53,6 +54,7 @@ class Checkpoint:
     tokenizer: CheckpointTokenizer
     provenance: Provenance
     notes: tuple[str, ...] = field(default=())
+    source_files: tuple[Path, ...] = field(default=())
 
 
 def open_checkpoint(
@@ -118,6 +120,7 @@ def _assemble(source: Source, lora: Path | None, typed: str, name: str) -> Check
             travelling=source.travelling,
         ),
         (*source.notes, *tokenizer.notes),
+        source.files,
     )
 
 

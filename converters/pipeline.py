@@ -39,11 +39,12 @@ def convert(
 ) -> list[Written]:
     """Write the checkpoint in every format asked for, from one read of it; return them in order.
 
-    Raises PlanError, OutputError or CheckpointError, and then nothing has a final name.
+    Raises PlanError, OutputError or CheckpointError; then nothing has a final name, unless the disk failed
+    between the renames of two exports.
     """
     started = time.monotonic()
     plans = plan_exports(checkpoint, requests, options)
-    check_destination(plans, options)
+    check_destination(plans, options, checkpoint.source_files)
     with ExitStack() as stack:
         exports = []
         for plan in plans:
@@ -56,6 +57,7 @@ def convert(
         copy_licences(checkpoint, options.folder)
         for export in exports:
             export.writer.commit()
+            remove_stale(export.plan, options.folder)
     seconds = time.monotonic() - started
     paths = [tuple(options.folder / file.name for file in plan.files) for plan in plans]
     return [Written(*parts, seconds) for parts in zip(plans, paths, hashes, strict=True)]
@@ -86,9 +88,24 @@ def _weight_faults(checkpoint: Checkpoint) -> list[str]:
     return faults
 
 
-def check_destination(plans: Sequence[Plan], options: ConvertOptions) -> None:
-    """Create the folder; raises OutputError for files that exist already or too little room."""
+def check_destination(
+    plans: Sequence[Plan], options: ConvertOptions, source_files: Sequence[Path] = ()
+) -> None:
+    """Create the folder; raises OutputError for files that exist already or too little room.
+
+    A file that is being read is never overwritten, with `force` neither.
+    """
     paths = [options.folder / file.name for plan in plans for file in plan.files]
+    with explained(options.folder):
+        if options.folder.exists() and not options.folder.is_dir():
+            raise OutputError(f"{options.folder}: a file; -o takes a folder")
+        own = [p.name for p in paths if any(p.exists() and p.samefile(s) for s in source_files)]
+    if own:
+        raise OutputError(
+            f"{options.folder}: an export would take the place of its own source",
+            reasons=[f"{name} is being read" for name in own],
+            hint="write to another folder with -o, or under another --name",
+        )
     if not options.force and (there := [f"{path.name} exists" for path in paths if path.exists()]):
         raise OutputError(f"{options.folder}: nothing is overwritten", reasons=there, hint="use --force")
     leftovers = [path.with_name(path.name + PARTIAL) for path in paths]
@@ -113,6 +130,16 @@ def copy_licences(checkpoint: Checkpoint, folder: Path) -> list[Path]:
             copy_whole(source, path)
         copies.append(path)
     return copies
+
+
+def remove_stale(plan: Plan, folder: Path) -> None:
+    """Remove what was said of an earlier export of these names: its report, its `*.failed` files."""
+    from converters.report import report_path
+
+    stale = [folder / (file.name + FAILED) for file in plan.files]
+    for path in (report_path(folder / plan.files[0].name), *stale):
+        with explained(path):
+            path.unlink(missing_ok=True)
 
 
 def mark_failed(written: Written) -> tuple[Path, ...]:

@@ -30,7 +30,8 @@ _TRAINER_FOLDER = re.compile(r"checkpoint-\d+")
 class Source:
     """A checkpoint before it is opened. `label` is what messages call it.
 
-    `advice` is the hint for tensors that do not fit, if the source has one.
+    `advice` is the hint for tensors that do not fit, if the source has one; `files` are those whose names an
+    export could take: a GGUF's own shards.
     """
 
     label: str
@@ -43,6 +44,7 @@ class Source:
     travelling: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     advice: str = ""
+    files: tuple[Path, ...] = ()
 
 
 def is_hub_id(text: str) -> bool:
@@ -103,6 +105,7 @@ def file_source(path: Path, eos: EosRule) -> Source:
         tokenizer=lambda config: tokenizer_from_vocabulary(_with_eos(file.vocabulary, eos)),
         licence=str(licence) if licence else None,
         travelling=travelling_files(path.resolve().parent),
+        files=file.paths,
     )
 
 

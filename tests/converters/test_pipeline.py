@@ -71,6 +71,31 @@ class _CountingWeights:
         return self.weights.load(name)
 
 
+def test_an_export_never_takes_the_place_of_its_source(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    [written] = _run(checkpoint, tmp_path / "own")
+    before = _sha256(written.paths[0])
+    source = open_checkpoint(written.paths[0])
+    with pytest.raises(OutputError, match="the place of its own source"):
+        _run(source, tmp_path / "own", force=True)
+    assert _sha256(written.paths[0]) == before
+    assert _files(_run(source, tmp_path / "other")[0].paths[0].parent) == [written.paths[0].name]
+
+
+def test_a_new_file_has_no_older_files_report(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    [written] = _run(checkpoint, tmp_path)
+    mark_failed(written)
+    (tmp_path / "tiny-F16.report.json").write_text("{}")
+    (tmp_path / "tiny-Q8_0.report.json").write_text("{}")
+    _run(checkpoint, tmp_path)
+    assert _files(tmp_path) == ["tiny", "tiny-F16.gguf", "tiny-Q8_0.report.json"]
+
+
+def test_a_file_is_no_folder_to_write_to(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError, match="-o takes a folder"):
+        _run(checkpoint, tmp_path / "out")
+
+
 # Multi-head, grouped-query, multi-query; a head size of its own; a tied head; rows that are no whole blocks.
 SHAPES: dict[str, dict[str, Any]] = {
     "MHA": {"num_key_value_heads": 4},
