@@ -15,7 +15,7 @@ from typing import Any
 
 from converters.rope import read_rope
 from quantize.errors import CheckpointError
-from quantize.llama import LlamaConfig
+from quantize.llama import MOST_LAYERS, LlamaConfig
 
 ARCHITECTURE = "LlamaForCausalLM"
 
@@ -123,6 +123,9 @@ def _size_reasons(config: Mapping[str, Any]) -> Iterator[str]:
         value = config.get(key)
         if value is not None and (type(value) is not int or value <= 0):
             yield f"{key}: found {value!r}; expected a positive integer"
+        elif key == "num_hidden_layers" and value is not None and value > MOST_LAYERS:
+            # A table of so many tensors' names would be made before anybody saw that they are not there.
+            yield f"{key}: found {value}; expected at most {MOST_LAYERS}"
     epsilon = config.get("rms_norm_eps")
     if epsilon is None:
         yield "rms_norm_eps: missing"

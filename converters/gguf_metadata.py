@@ -17,7 +17,7 @@ import numpy as np
 
 from converters.vocabulary import TokenType, Vocabulary
 from quantize.errors import CheckpointError, TokenizerError
-from quantize.llama import LlamaConfig
+from quantize.llama import MOST_LAYERS, LlamaConfig
 
 TOKENS = "tokenizer.ggml.tokens"
 _COUNTS = (
@@ -89,6 +89,9 @@ def _config_faults(metadata: Mapping[str, Any]) -> list[str]:
     faults = [f"{key} is missing" for key in required if key not in metadata]
     counts = {f"llama.{key}": _count_fault(metadata.get(f"llama.{key}", 1)) for key in _COUNTS}
     faults += [f"{key} {fault}" for key, fault in counts.items() if fault]
+    layers = metadata.get("llama.block_count")
+    if type(layers) is int and layers > MOST_LAYERS:
+        faults.append(f"llama.block_count is {layers}, expected at most {MOST_LAYERS}")
     for key in _SINGLES:
         if not isinstance(value := metadata.get(f"llama.{key}", 1.0), float) or not math.isfinite(value):
             faults.append(f"llama.{key} is {value!r}, expected a float32")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+MOST_LAYERS = 1000
+"""More than any Llama has: a config or a file that says more is damaged."""
 
 
 @dataclass(frozen=True)

@@ -214,3 +214,8 @@ def test_json_is_read_as_utf8(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"a": "é｜"}, ensure_ascii=False), "utf-8")
     assert read_json(path) == {"a": "é｜"}
+
+
+def test_a_layer_count_that_no_llama_has() -> None:
+    with pytest.raises(CheckpointError, match="num_hidden_layers: found 2000000000; expected at most 1000"):
+        read_config(config(num_hidden_layers=2_000_000_000))

@@ -186,6 +186,10 @@ def test_odd_token_types_are_refused(write: Write, types: list[int], fault: str)
             ],
         ),
         (
+            {"llama.block_count": 2_000_000_000},
+            ["llama.block_count is 2000000000, expected at most 1000"],
+        ),
+        (
             {"llama.attention.head_count": 0},
             ["llama.attention.head_count is 0, expected a positive whole number"],
         ),
