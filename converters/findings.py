@@ -32,7 +32,11 @@ def gguf_findings(
     if MARKER not in vocabulary.tokens:
         return ()
     rope = _rope_faults(config) if config.context_length > 4096 else ()
-    return (*rope, *_vocabulary_faults(vocabulary), *_missing_keys(metadata))
+    return (
+        *rope,
+        *_vocabulary_faults(vocabulary, metadata.get("dscq.eos") == "completion"),
+        *_missing_keys(metadata),
+    )
 
 
 def _rope_faults(config: LlamaConfig) -> Iterator[str]:
@@ -44,7 +48,7 @@ def _rope_faults(config: LlamaConfig) -> Iterator[str]:
         yield f"RoPE base is {config.rope_theta:g}, the family's is {THETA:g}: attention sees wrong distances"
 
 
-def _vocabulary_faults(vocabulary: Vocabulary) -> Iterator[str]:
+def _vocabulary_faults(vocabulary: Vocabulary, for_completion: bool) -> Iterator[str]:
     if vocabulary.pre != PRE:
         yield f"tokenizer.ggml.pre is {vocabulary.pre!r}, not {PRE!r}: text is split in a way it never saw"
     if not vocabulary.add_bos:
@@ -54,11 +58,15 @@ def _vocabulary_faults(vocabulary: Vocabulary) -> Iterator[str]:
         yield f"not typed CONTROL, so they are printed or not recognised in prompts: {' '.join(loose)}"
     if kinds.get("ü") is TokenType.NORMAL:
         yield "the letters that spell bytes (ü, õ, ...) are typed NORMAL: text with them gets other ids"
-    if _stops_early(vocabulary):
+    if stops_before_turns_end(vocabulary) and not for_completion:
         yield f"EOS is not {END_OF_TURN}, with which the chat template closes turns: chat may not stop"
 
 
-def _stops_early(vocabulary: Vocabulary) -> bool:
+def stops_before_turns_end(vocabulary: Vocabulary) -> bool:
+    """Return whether EOS is not the token with which the chat template closes turns.
+
+    `--eos completion` makes it so on purpose, and then the file says it (`dscq.eos`).
+    """
     turn = vocabulary.chat_template is not None and END_OF_TURN in vocabulary.chat_template
     return turn and vocabulary.eos_id is not None and vocabulary.tokens[vocabulary.eos_id] != END_OF_TURN
 

@@ -10,6 +10,7 @@ runtime's defaults here, right or wrong: the proof must see what the runtime wil
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,8 @@ _COUNTS = (
 _EPSILON = "attention.layer_norm_rms_epsilon"
 _SINGLES = (_EPSILON, "rope.freq_base", "rope.scaling.factor", "rope.scale_linear")
 _REQUIRED = (*_COUNTS[:4], _EPSILON)
+_ROLE = re.compile(r"tokenizer\.ggml\.\w+_token_id")
+_FLAGS = ("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token")
 _BPE_DEFAULT_ID = 11  # llama.cpp's bos and eos of a BPE vocabulary that states none
 # Our field -> the key's middle today, the middle that older files have, the text that llama.cpp looks for.
 _FIM = {
@@ -133,6 +136,8 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     if model != "gpt2" or absent:
         reasons = [f"{key} is missing" for key in absent]
         raise TokenizerError(f"tokenizer.ggml.model is {model!r}, expected 'gpt2' (BPE)", reasons=reasons)
+    if faults := _ill_typed(metadata):
+        raise TokenizerError("the tokenizer's metadata is damaged", reasons=faults)
     tokens = tuple(metadata[TOKENS])
     types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
     if len(types) != len(tokens) or (unknown := set(types) - set(TokenType)):
@@ -152,6 +157,21 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         eot_id=metadata.get("tokenizer.ggml.eot_token_id"),
         **{field: _fim_id(metadata, tokens, *names) for field, names in _FIM.items()},
     )
+
+
+def _ill_typed(metadata: Mapping[str, Any]) -> list[str]:
+    """Say which fields of the tokenizer are not of their type, or name a token that there is none of."""
+    lists = (TOKENS, "tokenizer.ggml.merges", "tokenizer.ggml.token_type")
+    faults = [f"{key} is no array" for key in lists if not isinstance(metadata.get(key, []), list)]
+    if faults:
+        return faults
+    n_tokens = len(metadata[TOKENS])
+    for key, value in metadata.items():
+        if _ROLE.fullmatch(key) and (type(value) is not int or not 0 <= value < n_tokens):
+            faults.append(f"{key} is {value!r}, expected the number of one of {n_tokens} tokens")
+        elif key in _FLAGS and not isinstance(value, bool):
+            faults.append(f"{key} is {value!r}, expected true or false")
+    return faults
 
 
 def _fim_id(

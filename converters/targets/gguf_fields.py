@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from gguf import GGUFWriter, RopeScalingType, size_label
 
 from converters.checkpoint import Checkpoint, Provenance
+from converters.findings import stops_before_turns_end
 from converters.imatrix import Importances
 from converters.plan import ConvertOptions
 from converters.targets.gguf_types import GgufTypes
@@ -32,7 +33,7 @@ def gguf_fields(checkpoint: Checkpoint, types: GgufTypes) -> GGUFWriter:
     writer.add_file_type(types.recipe.file_type)
     if types.importance_users() and types.options.importances is not None:
         _add_importances(writer, types.options.importances)
-    _add_own(writer, checkpoint.provenance, types)
+    _add_own(writer, checkpoint, types)
     _add_llama(writer, checkpoint.config)
     _add_tokenizer(writer, checkpoint.tokenizer.vocabulary)
     return writer
@@ -71,11 +72,14 @@ def _add_importances(writer: GGUFWriter, importances: Importances) -> None:
         writer.add_uint32("quantize.imatrix.chunks_count", importances.n_chunks)
 
 
-def _add_own(writer: GGUFWriter, provenance: Provenance, types: GgufTypes) -> None:
+def _add_own(writer: GGUFWriter, checkpoint: Checkpoint, types: GgufTypes) -> None:
     """Add how the file came about; fields without a value are left out."""
+    provenance = checkpoint.provenance
     writer.add_string("dscq.version", _own_version())
     writer.add_string("dscq.recipe", types.recipe.name)
     writer.add_string("dscq.overrides", ", ".join(_overrides(types.options)))
+    completion = stops_before_turns_end(checkpoint.tokenizer.vocabulary)
+    writer.add_string("dscq.eos", "completion" if completion else "model")
     writer.add_string("dscq.source", provenance.source)
     writer.add_string("dscq.revision", provenance.revision or "")
     writer.add_string("dscq.adapter", provenance.adapter or "")

@@ -54,6 +54,10 @@ def test_each_fault_is_found(
     assert any(finding in text for text in gguf_findings(config, vocabulary, metadata))
 
 
+def test_a_file_made_for_completion_is_none_that_stops_late() -> None:
+    assert gguf_findings(CONFIG, replace(GOOD, eos_id=3), {**METADATA, "dscq.eos": "completion"}) == ()
+
+
 def test_another_familys_file_is_left_alone() -> None:
     other = replace(GOOD, tokens=tuple("abcdefgh"), pre="llama-bpe", add_bos=False)
     assert gguf_findings(replace(CONFIG, rope_factor=1.0), other, {}) == ()

@@ -166,6 +166,20 @@ def test_another_tokenizer_is_refused(write: Write) -> None:
 
 
 @pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tokenizer.ggml.bos_token_id", 99999999),
+        ("tokenizer.ggml.eos_token_id", 1.5),
+        ("tokenizer.ggml.add_bos_token", 1),
+        ("tokenizer.ggml.token_type", 1),
+    ],
+)
+def test_fields_of_the_wrong_type_or_range_are_refused(write: Write, field: str, value: Any) -> None:
+    with pytest.raises(TokenizerError, match=field):
+        _ = open_gguf(write({field: value})).vocabulary
+
+
+@pytest.mark.parametrize(
     ("types", "fault"), [([1] * 39, "39 entries for 40 tokens"), ([1] * 39 + [9], r"unknown numbers \[9\]")]
 )
 def test_odd_token_types_are_refused(write: Write, types: list[int], fault: str) -> None:
