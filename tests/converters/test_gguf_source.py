@@ -174,7 +174,7 @@ def test_another_tokenizer_is_refused(write: Write) -> None:
         ("tokenizer.ggml.token_type", 1),
     ],
 )
-def test_fields_of_the_wrong_type_or_range_are_refused(write: Write, field: str, value: Any) -> None:
+def test_fields_of_the_wrong_type_or_range_are_refused(write: Write, field: str, value: object) -> None:
     with pytest.raises(TokenizerError, match=field):
         _ = open_gguf(write({field: value})).vocabulary
 

@@ -96,6 +96,7 @@ def test_every_field(checkpoint: Checkpoint, tmp_path: Path) -> None:
         "general.quantization_version": 2,
         "general.file_type": 7,
         "dscq.recipe": "Q8_0",
+        "dscq.eos": "model",
         "dscq.source": "deepseek-ai/it",
         "dscq.revision": "abc123",
         "llama.block_count": 2,
