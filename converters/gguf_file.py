@@ -14,6 +14,7 @@ import io
 import math
 import mmap
 import struct
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,8 +134,8 @@ class _Reader:
 
     def _tensors(self, n_tensors: int) -> tuple[TensorEntry, ...]:
         tensors = tuple(self._tensor() for _ in range(n_tensors))
-        names = [tensor.name for tensor in tensors]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        count = Counter(tensor.name for tensor in tensors)
+        if twice := sorted(name for name in count if count[name] > 1):
             raise _Corrupt(*(f"tensor {name} occurs twice" for name in twice))
         return tensors
 

@@ -133,6 +133,9 @@ def open_gguf(path: Path) -> GgufFile:
 
 
 def _tensor_faults(config: LlamaConfig, entries: Mapping[str, TensorEntry]) -> list[str]:
+    # One reason instead of nine for every layer that cannot be there.
+    if config.n_layers > len(entries):
+        return [f"llama.block_count is {config.n_layers}, but there are {len(entries)} tensors in all"]
     expected = {gguf_name(name): shape for name, shape in config.tensor_shapes().items()}
     faults = [f"tensor {name} is missing" for name in expected if name not in entries]
     faults += [f"tensor {name} is not part of a Llama" for name in entries if name not in expected]
@@ -145,6 +148,9 @@ def _tensor_faults(config: LlamaConfig, entries: Mapping[str, TensorEntry]) -> l
 def _other_shards(first: GgufHead) -> list[GgufHead]:
     """Return the heads of shards 2 to n; an empty list for a file that is not split."""
     number, count = first.metadata.get("split.no", 0), first.metadata.get("split.count", 1)
+    for key, value in {"split.no": number, "split.count": count}.items():
+        if type(value) is not int:
+            raise CheckpointError(f"{first.path}: {key} is {value!r}, expected a whole number")
     if count <= 1:
         return []
     named = _SHARD.fullmatch(first.path.name)

@@ -1,7 +1,8 @@
 """What a GGUF or a checkpoint holds, as plain data for a table or for JSON.
 
-Opening is the inspection: a file that cannot be opened raises the same error, with all its reasons, that
-a conversion would meet. What opens but is known to answer badly is listed under `findings`.
+Opening is the inspection. A GGUF of a kind that no conversion takes is shown by its head, and the reasons
+that a conversion would give are its findings; what opens but is known to answer badly has findings as well.
+Only what cannot be read is an error.
 """
 
 from collections import Counter
@@ -11,9 +12,14 @@ from typing import Any
 
 from converters.checkpoint import open_checkpoint
 from converters.findings import gguf_findings
+from converters.gguf_file import GgufHead, read_head
 from converters.gguf_source import GgufFile, open_gguf
 from converters.vocabulary import TokenType, Vocabulary
+from quantize.errors import CheckpointError, DscqError, TokenizerError
 from quantize.llama import LlamaConfig
+
+_SHOWN_ITEMS = 8
+_SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,15 @@ class Inspection:
 def inspect_path(path: Path) -> Inspection:
     """Open a `.gguf` (of a split: its first shard) or a checkpoint folder and describe it.
 
-    Raises CheckpointError or TokenizerError with all reasons where it cannot be opened.
+    Raises CheckpointError or TokenizerError with all reasons for a checkpoint that cannot be opened, and
+    CheckpointError for a GGUF that is truncated or corrupt.
     """
-    if path.is_file() and path.suffix.lower() == ".gguf":
+    if not path.is_file() or path.suffix.lower() != ".gguf":
+        return _inspect_checkpoint(path)
+    try:
         return _inspect_gguf(open_gguf(path))
-    return _inspect_checkpoint(path)
+    except (CheckpointError, TokenizerError) as error:
+        return _inspect_head(read_head(path), error)
 
 
 def _inspect_checkpoint(path: Path) -> Inspection:
@@ -69,21 +79,38 @@ def _inspect_checkpoint(path: Path) -> Inspection:
 
 
 def _inspect_gguf(file: GgufFile) -> Inspection:
-    specs = file.weights.specs()
-    rows = tuple(
-        TensorRow(name, specs[name].shape, quant, file.blocks(name).numel())
-        for name, quant in file.tensor_types.items()
-    )
+    rows = tuple(row for head in file.weights.heads for row in _rows(head))
     size = sum(path.stat().st_size for path in file.paths)
-    general = {
-        key: str(value) for key, value in file.metadata.items() if key.startswith(("general.", "dscq."))
-    }
+    own = ("general.", "dscq.")
+    general = {key: _text(value) for key, value in file.metadata.items() if key.startswith(own)}
     facts = model_facts(file.config) | vocabulary_facts(file.vocabulary)
     facts["files"] = (
         f"{len(file.paths)}, {size:,} bytes, {8 * size / file.config.n_parameters:.3f} bits per weight"
     )
     findings = gguf_findings(file.config, file.vocabulary, file.metadata)
     return Inspection(str(file.paths[0]), "GGUF", facts | general, rows, findings)
+
+
+def _inspect_head(head: GgufHead, error: DscqError) -> Inspection:
+    """Describe a file by its head alone; `error` says why it is not more."""
+    facts = {key: _text(value) for key, value in head.metadata.items()}
+    facts["file"] = f"GGUF version {head.version}, {head.path.stat().st_size:,} bytes"
+    said = (error.message.removeprefix(f"{head.path}: "), *error.reasons, error.hint)
+    findings = tuple(f"not supported by dscq: {text}" for text in said if text)
+    return Inspection(str(head.path), "GGUF", facts, _rows(head), findings)
+
+
+def _rows(head: GgufHead) -> tuple[TensorRow, ...]:
+    return tuple(TensorRow(entry.name, entry.shape, entry.quant, entry.n_bytes) for entry in head.tensors)
+
+
+def _text(value: object) -> str:
+    """Return a metadata value as a line: of a long array its length, of a long text its beginning."""
+    if isinstance(value, list) and len(value) > _SHOWN_ITEMS:
+        return f"{len(value)} entries"
+    if isinstance(value, str) and len(value) > _SHOWN_CHARACTERS:
+        return f"{value[:_SHOWN_CHARACTERS]}... ({len(value)} characters)"
+    return f"{value:.7g}" if isinstance(value, float) else str(value)
 
 
 def model_facts(config: LlamaConfig) -> dict[str, str]:

@@ -236,6 +236,11 @@ def test_tensor_faults_are_listed(write: Write) -> None:
     )
 
 
+def test_more_layers_than_tensors_are_one_reason(write: Write) -> None:
+    path = write({"llama.block_count": 900})
+    assert _reasons(path) == ("llama.block_count is 900, but there are 21 tensors in all",)
+
+
 def test_a_tensor_too_many_is_a_fault(write: Write) -> None:
     assert (
         _reasons(write({"llama.block_count": 1}))[0] == "tensor blk.1.attn_norm.weight is not part of a Llama"
@@ -274,6 +279,11 @@ def test_a_later_shard_names_the_first(shards: list[Path]) -> None:
 def test_missing_shards_are_named(shards: list[Path]) -> None:
     shards[1].unlink()
     assert _reasons(shards[0]) == ("big-00002-of-00002.gguf is missing",)
+
+
+def test_a_shard_number_that_is_none_is_refused(write: Write) -> None:
+    with pytest.raises(CheckpointError, match=r"split\.count is '2', expected a whole number"):
+        open_gguf(write({"split.count": "2"}))
 
 
 def test_a_renamed_shard_is_refused(shards: list[Path]) -> None:
