@@ -36,7 +36,18 @@ _EPSILON = "attention.layer_norm_rms_epsilon"
 _SINGLES = (_EPSILON, "rope.freq_base", "rope.scaling.factor", "rope.scale_linear")
 _REQUIRED = (*_COUNTS[:4], _EPSILON)
 _ROLE = re.compile(r"tokenizer\.ggml\.\w+_token_id")
-_FLAGS = ("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token")
+_DEFAULTED = ("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id")
+_LISTS = {
+    TOKENS: (str, "strings"),
+    "tokenizer.ggml.merges": (str, "strings"),
+    "tokenizer.ggml.token_type": (int, "whole numbers"),
+}
+_SETTINGS = {
+    "tokenizer.ggml.add_bos_token": (bool, "true or false"),
+    "tokenizer.ggml.add_eos_token": (bool, "true or false"),
+    "tokenizer.ggml.pre": (str, "a string"),
+    "tokenizer.chat_template": (str, "a string"),
+}
 _BPE_DEFAULT_ID = 11  # llama.cpp's bos and eos of a BPE vocabulary that states none
 # Our field -> the key's middle today, the middle that older files have, the text that llama.cpp looks for.
 _FIM = {
@@ -161,17 +172,30 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
 
 def _ill_typed(metadata: Mapping[str, Any]) -> list[str]:
     """Say which fields of the tokenizer are not of their type, or name a token that there is none of."""
-    lists = (TOKENS, "tokenizer.ggml.merges", "tokenizer.ggml.token_type")
-    faults = [f"{key} is no array" for key in lists if not isinstance(metadata.get(key, []), list)]
-    if faults:
-        return faults
-    n_tokens = len(metadata[TOKENS])
-    for key, value in metadata.items():
-        if _ROLE.fullmatch(key) and (type(value) is not int or not 0 <= value < n_tokens):
-            faults.append(f"{key} is {value!r}, expected the number of one of {n_tokens} tokens")
-        elif key in _FLAGS and not isinstance(value, bool):
-            faults.append(f"{key} is {value!r}, expected true or false")
-    return faults
+    faults = []
+    for key, (kind, items) in _LISTS.items():
+        value = metadata.get(key, [])
+        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+            faults.append(f"{key} is no array of {items}")
+    for key, (kind, expected) in _SETTINGS.items():
+        if key in metadata and type(metadata[key]) is not kind:
+            faults.append(f"{key} is {metadata[key]!r}, expected {expected}")
+    return faults + _role_faults(metadata)
+
+
+def _role_faults(metadata: Mapping[str, Any]) -> list[str]:
+    tokens = metadata[TOKENS]
+    if not isinstance(tokens, list):
+        return []
+    roles = dict.fromkeys(_DEFAULTED, _BPE_DEFAULT_ID) | {
+        k: v for k, v in metadata.items() if _ROLE.fullmatch(k)
+    }
+    return [
+        f"{key} is {value!r}{'' if key in metadata else ' by default'}, "
+        f"expected the number of one of {len(tokens)} tokens"
+        for key, value in roles.items()
+        if type(value) is not int or not 0 <= value < len(tokens)
+    ]
 
 
 def _fim_id(

@@ -13,6 +13,7 @@ from converters.findings import stops_before_turns_end
 from converters.imatrix import Importances
 from converters.plan import ConvertOptions
 from converters.targets.gguf_types import GgufTypes
+from converters.token_roles import DEEPSEEK_END, EosRule
 from converters.vocabulary import Vocabulary
 from quantize.llama import LlamaConfig
 
@@ -78,11 +79,19 @@ def _add_own(writer: GGUFWriter, checkpoint: Checkpoint, types: GgufTypes) -> No
     writer.add_string("dscq.version", _own_version())
     writer.add_string("dscq.recipe", types.recipe.name)
     writer.add_string("dscq.overrides", ", ".join(_overrides(types.options)))
-    completion = stops_before_turns_end(checkpoint.tokenizer.vocabulary)
-    writer.add_string("dscq.eos", "completion" if completion else "model")
+    writer.add_string("dscq.eos", eos_rule(checkpoint.tokenizer.vocabulary))
     writer.add_string("dscq.source", provenance.source)
     writer.add_string("dscq.revision", provenance.revision or "")
     writer.add_string("dscq.adapter", provenance.adapter or "")
+
+
+def eos_rule(vocabulary: Vocabulary) -> EosRule:
+    """Return "completion" where the end of sentence is EOS although the chat template closes turns otherwise.
+
+    Any other EOS that does not close turns is a mistake of the checkpoint, and stays one in the findings.
+    """
+    by_sentence = vocabulary.eos_id is not None and vocabulary.tokens[vocabulary.eos_id] == DEEPSEEK_END
+    return "completion" if by_sentence and stops_before_turns_end(vocabulary) else "model"
 
 
 def _overrides(options: ConvertOptions) -> list[str]:

@@ -179,6 +179,21 @@ def test_fields_of_the_wrong_type_or_range_are_refused(write: Write, field: str,
         _ = open_gguf(write({field: value})).vocabulary
 
 
+def test_all_faults_of_the_tokenizer_are_listed(write: Write) -> None:
+    config = replace(CONFIG, vocab_size=5)
+    changes = {"tokens": list("abcde"), "merges": "a b", "pre": 3, "eos_token_id": 5, "token_type": [1.0] * 5}
+    file = open_gguf(write({f"tokenizer.ggml.{key}": value for key, value in changes.items()}, config=config))
+    with pytest.raises(TokenizerError) as caught:
+        _ = file.vocabulary
+    assert caught.value.reasons == (
+        "tokenizer.ggml.merges is no array of strings",
+        "tokenizer.ggml.token_type is no array of whole numbers",
+        "tokenizer.ggml.pre is 3, expected a string",
+        "tokenizer.ggml.bos_token_id is 11 by default, expected the number of one of 5 tokens",
+        "tokenizer.ggml.eos_token_id is 5, expected the number of one of 5 tokens",
+    )
+
+
 @pytest.mark.parametrize(
     ("types", "fault"), [([1] * 39, "39 entries for 40 tokens"), ([1] * 39 + [9], r"unknown numbers \[9\]")]
 )

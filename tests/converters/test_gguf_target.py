@@ -14,6 +14,7 @@ from converters.gguf_file import GgufHead, read_head
 from converters.imatrix import Importances
 from converters.plan import ConvertOptions, Plan, Request
 from converters.targets import TARGETS
+from converters.targets.gguf_fields import eos_rule
 from converters.vocabulary import Vocabulary
 from quantize.errors import PlanError
 
@@ -121,6 +122,15 @@ def test_every_field(checkpoint: Checkpoint, tmp_path: Path) -> None:
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.ggml.add_eos_token": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("eos", "rule"),
+    [("<｜end▁of▁sentence｜>", "completion"), ("<|EOT|>", "model"), ("<｜fim▁hole｜>", "model")],
+)
+def test_the_eos_rule_is_told_from_the_vocabulary(checkpoint: Checkpoint, eos: str, rule: str) -> None:
+    vocabulary = checkpoint.tokenizer.vocabulary
+    assert eos_rule(replace(vocabulary, eos_id=vocabulary.tokens.index(eos))) == rule
 
 
 def vocabulary_size(checkpoint: Checkpoint) -> int:
