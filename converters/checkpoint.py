@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from converters.adapter import Adapter, MergedWeights, read_adapter
+from converters.disk import readable
 from converters.hub import hub_source
 from converters.inventory import Inventory, tensor_reasons
 from converters.sources import Source, file_source, folder_source, is_hub_id, unknown_source
@@ -77,20 +78,24 @@ def open_checkpoint(
     download's progress. Raises CheckpointError or TokenizerError with every reason at once, UsageError
     for options that do not fit the source.
     """
+    if name is not None and not name.strip():
+        raise UsageError("--name is empty; leave it out for the model's own name")
     path = Path(source)
-    local = bool(str(source)) and path.exists()
+    with readable(path):
+        local = bool(str(source)) and path.exists()
+        is_folder = local and path.is_dir()
     if local and (revision is not None or low_disk):
         option = "--low-disk" if low_disk else "--revision"
         raise UsageError(f"{option} is for hub ids; {source} is on this disk")
     if local:
-        opened = folder_source(path, eos) if path.is_dir() else file_source(path, eos)
+        opened = folder_source(path, eos) if is_folder else file_source(path, eos)
     elif is_hub_id(str(source)):
         how = {"low_disk": low_disk, "headers_only": headers_only, "quiet": quiet}
         opened = hub_source(str(source), revision, eos, **how)
     else:
         raise unknown_source(str(source))
     typed = str(source) if not local else path.resolve().name
-    return _assemble(opened, lora, typed, name or opened.name)
+    return _assemble(opened, lora, typed, opened.name if name is None else name)
 
 
 def _assemble(source: Source, lora: Path | None, typed: str, name: str) -> Checkpoint:

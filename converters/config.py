@@ -29,6 +29,7 @@ _SIZES = (
     "max_position_embeddings",
 )
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+_LARGEST_SIZE = 2**31 - 1
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -126,6 +127,8 @@ def _size_reasons(config: Mapping[str, Any]) -> Iterator[str]:
         elif key == "num_hidden_layers" and value is not None and value > MOST_LAYERS:
             # A table of so many tensors' names would be made before anybody saw that they are not there.
             yield f"{key}: found {value}; expected at most {MOST_LAYERS}"
+        elif value is not None and value > _LARGEST_SIZE:
+            yield f"{key}: found {value}; expected at most {_LARGEST_SIZE}"
     epsilon = config.get("rms_norm_eps")
     if epsilon is None:
         yield "rms_norm_eps: missing"

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from quantize.errors import OutputError
+from quantize.errors import CheckpointError, OutputError
 
 PARTIAL = ".partial"
 # Bytes per write. Larger ones make Linux look for large runs of free pages for its cache: measured on ext4,
@@ -41,6 +41,16 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         cause = _CAUSES.get(error.errno or 0, error.strerror or str(error))
         raise OutputError(f"{path}: cannot be written: {cause}") from error
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn an OSError into a CheckpointError that names the file that cannot be read, and the cause."""
+    try:
+        yield
+    except OSError as error:
+        cause = error.strerror or str(error)
+        raise CheckpointError(f"{error.filename or path}: cannot be read: {cause}") from error
 
 
 def check_room(folder: Path, n_bytes: int, reusable: Sequence[Path] = ()) -> None:
@@ -119,10 +129,8 @@ def rename_all(files: Sequence[PartialFile]) -> None:
         raise
 
 
-def copy_whole(source: Path, path: Path) -> None:
-    """Copy a small file so that it appears whole; raises OutputError."""
-    with explained(path):
-        data = source.read_bytes()
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file so that it appears whole; raises OutputError."""
     file = PartialFile(path, len(data))
     try:
         file.write(0, data)

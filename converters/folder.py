@@ -56,16 +56,22 @@ def _indexed(folder: Path, index_name: str, single: Path) -> list[Path]:
     if not index.is_file():
         return [single] if single.is_file() else []
     names = shard_names(read_json(index), index_name)
-    if single.is_file() and single.name not in names:
-        raise CheckpointError(
-            f"{folder}: two sets of weights, {single.name} and the shards of {index_name}",
-            hint="Remove the one that is out of date.",
-        )
+    if single.is_file():
+        refuse_two_sets(str(folder), single.name, index_name, names)
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         reasons = [f"{name}: named by {index_name}, but not in the folder" for name in absent]
         raise CheckpointError("shards are missing", reasons=reasons)
     return [folder / name for name in names]
+
+
+def refuse_two_sets(where: str, single: str, index_name: str, names: Sequence[str]) -> None:
+    """Raise CheckpointError for a single file beside an index that does not name it: which one is meant?"""
+    if single not in names:
+        raise CheckpointError(
+            f"{where}: two sets of weights, {single} and the shards of {index_name}",
+            hint="Remove the one that is out of date.",
+        )
 
 
 def shard_names(index: dict[str, object], index_name: str) -> list[str]:

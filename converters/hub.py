@@ -25,7 +25,7 @@ from huggingface_hub import (
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from converters.config import read_json
-from converters.folder import NO_WEIGHTS, shard_names
+from converters.folder import NO_WEIGHTS, refuse_two_sets, shard_names
 from converters.low_disk import RemoteFiles, remote_inventory
 from converters.sources import Source, folder_source
 from converters.token_roles import EosRule
@@ -95,12 +95,15 @@ def _list(repo: str, revision: str | None) -> Listing:
 def _shards(listing: Listing) -> list[str]:
     """Return the index, if there is one, and the shards: safetensors, or `.bin` if there is nothing else."""
     for suffix, single in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")):
-        if single in listing.files:
-            return [single]
         index = f"{single}.index.json"
         if index in listing.files:
             path = hf_hub_download(listing.repo, index, revision=listing.commit)
-            return [index, *shard_names(read_json(Path(path)), index)]
+            names = shard_names(read_json(Path(path)), index)
+            if single in listing.files:
+                refuse_two_sets(listing.repo, single, index, names)
+            return [index, *names]
+        if single in listing.files:
+            return [single]
         loose = [name for name in listing.files if name.endswith(f".{suffix}") and _is_weights(name)]
         if loose:
             return sorted(loose)

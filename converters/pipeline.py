@@ -12,14 +12,14 @@ those that do not pass.
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from converters.checkpoint import Checkpoint
-from converters.disk import PARTIAL, check_room, copy_whole, explained
+from converters.disk import PARTIAL, check_room, explained, readable, write_whole
 from converters.plan import ConvertOptions, Plan, Request, Written
 from converters.stream import Export, OnEvent, TensorDone, stream
 from converters.targets import TARGETS
@@ -39,12 +39,13 @@ def convert(
 ) -> list[Written]:
     """Write the checkpoint in every format asked for, from one read of it; return them in order.
 
-    Raises PlanError, OutputError or CheckpointError; then nothing has a final name, unless the disk failed
-    between the renames of two exports.
+    Raises PlanError, OutputError or CheckpointError. Until every export is on the disk none has a final
+    name. They get theirs one by one: if the disk fails then, those before are whole and keep them.
     """
     started = time.monotonic()
     plans = plan_exports(checkpoint, requests, options)
     check_destination(plans, options, checkpoint.source_files)
+    licences = read_licences(checkpoint)
     with ExitStack() as stack:
         exports = []
         for plan in plans:
@@ -54,7 +55,7 @@ def convert(
         hashes = stream(checkpoint.weights, exports, options, on_event)
         for export in exports:
             export.writer.flush()
-        copy_licences(checkpoint, options.folder)
+        write_licences(licences, checkpoint.provenance.name, options.folder)
         for export in exports:
             export.writer.commit()
             remove_stale(export.plan, options.folder)
@@ -99,6 +100,7 @@ def check_destination(
     with explained(options.folder):
         if options.folder.exists() and not options.folder.is_dir():
             raise OutputError(f"{options.folder}: a file; -o takes a folder")
+        there = [f"{path.name} exists" for path in paths if path.exists()]
         own = [p.name for p in paths if any(p.exists() and p.samefile(s) for s in source_files)]
     if own:
         raise OutputError(
@@ -106,7 +108,7 @@ def check_destination(
             reasons=[f"{name} is being read" for name in own],
             hint="write to another folder with -o, or under another --name",
         )
-    if not options.force and (there := [f"{path.name} exists" for path in paths if path.exists()]):
+    if there and not options.force:
         raise OutputError(f"{options.folder}: nothing is overwritten", reasons=there, hint="use --force")
     leftovers = [path.with_name(path.name + PARTIAL) for path in paths]
     check_room(options.folder, sum(plan.n_bytes for plan in plans), leftovers)
@@ -114,22 +116,32 @@ def check_destination(
         options.folder.mkdir(parents=True, exist_ok=True)
 
 
-def copy_licences(checkpoint: Checkpoint, folder: Path) -> list[Path]:
-    """Put the model's licence and notice files beside the exports; return where they are.
+def read_licences(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Return the model's licence and notice files by name; raises CheckpointError for an unreadable one.
+
+    Read before the weights, so that nothing is converted that could not be passed on.
+    """
+    licences = {}
+    for source in checkpoint.provenance.travelling:
+        if source.name.lower() != "readme.md":
+            with readable(source):
+                licences[source.name] = source.read_bytes()
+    return licences
+
+
+def write_licences(licences: Mapping[str, bytes], model: str, folder: Path) -> None:
+    """Put the licence and notice files beside the exports; raises OutputError.
 
     They keep their names. Where another file has the name already, the model's name goes in front.
     """
-    copies = []
-    for source in checkpoint.provenance.travelling:
-        if source.suffix.lower() == ".md" and source.stem.lower() == "readme":
-            continue
-        data, path = source.read_bytes(), folder / source.name
-        if path.exists() and path.read_bytes() != data:
-            path = folder / f"{checkpoint.provenance.name}-{source.name}"
-        if not path.exists() or path.read_bytes() != data:
-            copy_whole(source, path)
-        copies.append(path)
-    return copies
+    for name, data in licences.items():
+        path = folder / name
+        with explained(path):
+            if path.exists() and path.read_bytes() != data:
+                path = folder / f"{model}-{name}"
+            done = path.exists() and path.read_bytes() == data
+        if not done:
+            write_whole(path, data)
 
 
 def remove_stale(plan: Plan, folder: Path) -> None:

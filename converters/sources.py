@@ -11,6 +11,7 @@ from pathlib import Path
 
 from converters.bin_shards import bin_inventory
 from converters.config import read_config, read_json
+from converters.disk import readable
 from converters.folder import WeightFiles, explain_no_weights, explain_partitions, find_weights, holds_weights
 from converters.gguf_source import open_gguf
 from converters.inventory import Inventory, found_by_spec
@@ -58,6 +59,11 @@ def folder_source(folder: Path, eos: EosRule) -> Source:
     Raises CheckpointError at once for a folder that is no checkpoint at all: for that, nothing else about
     it matters.
     """
+    with readable(folder):
+        return _folder_source(folder, eos)
+
+
+def _folder_source(folder: Path, eos: EosRule) -> Source:
     if not (folder / "config.json").is_file() and not holds_weights(folder):
         raise explain_no_weights(folder)
     resolved = folder.resolve()
@@ -91,7 +97,9 @@ def file_source(path: Path, eos: EosRule) -> Source:
     """Return a GGUF file with F32, F16 or BF16 tensors as a source; raises CheckpointError."""
     if path.suffix.lower() != ".gguf":
         raise CheckpointError(f"{path}: a file, but no .gguf; of a checkpoint give the folder: {path.parent}")
-    file = open_gguf(path)
+    with readable(path):
+        file = open_gguf(path)
+        travelling = travelling_files(path.resolve().parent)
     specs = file.weights.specs()
     found = {name: found_by_spec(spec) for name, spec in specs.items()}
     # What is quantized shows as its quant type, and is refused by the same rule as any other dtype.
@@ -104,7 +112,7 @@ def file_source(path: Path, eos: EosRule) -> Source:
         inventory=lambda: Inventory(found, lambda names: file.weights),
         tokenizer=lambda config: tokenizer_from_vocabulary(_with_eos(file.vocabulary, eos)),
         licence=str(licence) if licence else None,
-        travelling=travelling_files(path.resolve().parent),
+        travelling=travelling,
         files=file.paths,
     )
 
@@ -121,6 +129,6 @@ def _with_eos(vocabulary: Vocabulary, eos: EosRule) -> Vocabulary:
 def unknown_source(text: str) -> CheckpointError:
     """Return the error for a source that is nothing that could be opened."""
     return CheckpointError(
-        f"{text}: not found",
+        f"{text}: not found" if text.strip() else "the source is empty; not found",
         reasons=["no such folder", "no such .gguf file", "not a hub id of the form organisation/name"],
     )

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from converters.disk import readable
 from quantize.errors import TokenizerError
 
 EosRule = Literal["model", "completion"]
@@ -71,7 +72,10 @@ class TokenRoles:
 
 
 def read_files(folder: Path) -> TokenizerFiles:
-    """Read a checkpoint folder's tokenizer files; raises TokenizerError when tokenizer.json is missing."""
+    """Read a checkpoint folder's tokenizer files; raises TokenizerError when tokenizer.json is missing.
+
+    Raises CheckpointError for a file that is there and cannot be read.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise TokenizerError(
@@ -271,8 +275,10 @@ def _chat_template(files: TokenizerFiles) -> tuple[str | None, str]:
 
 def _text(path: Path) -> str:
     """The file's text with its line ends as they are."""
+    with readable(path):
+        data = path.read_bytes()
     try:
-        return path.read_bytes().decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise TokenizerError(f"{path} is not UTF-8 text: {error}") from None
 

@@ -87,12 +87,19 @@ def _lost_tokens(files: TokenizerFiles, ids: Mapping[str, int]) -> list[str]:
     """Tokens that tokenizer_config.json lists and tokenizer.json does not have, or has elsewhere."""
     listed = files.tokenizer_config.get("added_tokens_decoder")
     listed = listed if isinstance(listed, dict) else {}
-    lost = [f"{t['content']!r} ({i})" for i, t in listed.items() if ids.get(t["content"]) != int(i)]
-    return (
-        [f"tokenizer_config.json lists tokens that tokenizer.json lacks: {', '.join(lost[:5])}"]
-        if lost
-        else []
-    )
+    reasons, lost = [], []
+    for token_id, token in listed.items():
+        text = token.get("content") if isinstance(token, dict) else None
+        if not isinstance(text, str) or not token_id.isdecimal():
+            reasons.append(
+                f"tokenizer_config.json: added_tokens_decoder: expected an id and a token with its content, "
+                f"found {token_id!r}: {token!r}"
+            )
+        elif ids.get(text) != int(token_id):
+            lost.append(f"{text!r} ({token_id})")
+    if lost:
+        reasons.append(f"tokenizer_config.json lists tokens that tokenizer.json lacks: {', '.join(lost[:5])}")
+    return reasons
 
 
 def _normalizers(normalizer: Mapping[str, Any] | None) -> list[str]:

@@ -1,5 +1,6 @@
 """Opening a checkpoint: every kind of folder, every refusal, all reasons at once."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -442,3 +443,47 @@ def test_a_truncated_gguf_is_refused(make_checkpoint: MakeCheckpoint) -> None:
     path = gguf_of(make_checkpoint(), "F16")
     path.write_bytes(path.read_bytes()[:-1000])
     assert isinstance(refusal(path), CheckpointError)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "README.md"])
+def test_a_file_that_cannot_be_read_is_named(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = make_checkpoint()
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n", "utf-8")
+    unhindered = Path.open
+
+    def guarded(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return unhindered(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", guarded)
+    error = refusal(folder)
+    assert f"{name}: cannot be read: Permission denied" in str(error)
+
+
+def test_a_folder_that_cannot_be_read(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    folder = make_checkpoint()
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert f"{folder}: cannot be read: Permission denied" in str(refusal(folder))
+
+
+def test_a_source_with_a_name_too_long() -> None:
+    assert "cannot be read: File name too long" in refusal("x" * 300).message
+
+
+def test_an_empty_source_is_called_empty() -> None:
+    assert refusal("").message == "the source is empty; not found"
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_refused(make_checkpoint: MakeCheckpoint, name: str) -> None:
+    error = refusal(make_checkpoint(), name=name)
+    assert isinstance(error, UsageError)
+    assert "--name is empty" in error.message

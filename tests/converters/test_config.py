@@ -219,3 +219,9 @@ def test_json_is_read_as_utf8(tmp_path: Path) -> None:
 def test_a_layer_count_that_no_llama_has() -> None:
     with pytest.raises(CheckpointError, match="num_hidden_layers: found 2000000000; expected at most 1000"):
         read_config(config(num_hidden_layers=2_000_000_000))
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "head_dim"])
+def test_a_size_that_no_tensor_has(key: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{key}: found 2147483648; expected at most 2147483647"):
+        read_config(config(**{key: 2**31}))

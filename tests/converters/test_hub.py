@@ -301,6 +301,12 @@ def test_a_model_in_one_file(fake: FakeHub) -> None:
     assert [n for n in fake.downloads if n.endswith((".safetensors", ".bin"))] == ["model.safetensors"]
 
 
+def test_two_sets_of_weights_on_the_hub_are_refused(fake: FakeHub) -> None:
+    save_file(served_tensors(fake), fake.folder / "model.safetensors")
+    assert "two sets of weights, model.safetensors and the shards" in refusal().message
+    assert not any(name.endswith(".safetensors") for name in fake.downloads)
+
+
 def test_a_repository_without_weights(fake: FakeHub) -> None:
     for file in [*fake.folder.glob("*.safetensors*"), fake.folder / "pytorch_model.bin"]:
         file.unlink()

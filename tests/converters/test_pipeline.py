@@ -515,3 +515,26 @@ def test_llama_cpp_computes_the_same_from_a_split_export(checkpoint: Checkpoint,
             logits.append(np.concatenate([block for _, block in session.logits([1, 5, 9, 40])]))
     assert logits[0].shape == (4, checkpoint.config.vocab_size)
     np.testing.assert_array_equal(logits[0], logits[1])
+
+
+def test_a_licence_that_cannot_be_read_is_said_before_any_work(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    folder = make_checkpoint()
+    licence = folder / "LICENSE"
+    licence.write_text("free", "utf-8")
+    checkpoint = open_checkpoint(folder)
+    licence.unlink()
+    licence.mkdir()
+    with pytest.raises(CheckpointError, match="LICENSE: cannot be read: Is a directory"):
+        _run(checkpoint, tmp_path / "out")
+    assert _files(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_names_too_long_for_the_disk(make_checkpoint: MakeCheckpoint, tmp_path: Path, force: bool) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(), name="n" * 300)
+    with pytest.raises(OutputError, match="cannot be written: File name too long"):
+        _run(checkpoint, tmp_path / "out", force=force)
+    with pytest.raises(OutputError, match="cannot be written: File name too long"):
+        _run(checkpoint, tmp_path / ("o" * 300), force=force)

@@ -348,6 +348,13 @@ def test_tokens_that_only_the_config_lists_are_refused(make_folder: MakeFolder) 
         read_tokenizer(make_folder(tokenizer_config=lambda c: c.update(added_tokens_decoder=listed)), ROWS)
 
 
+@pytest.mark.parametrize("listed", [{"0": "x"}, {"zero": {"content": "<tool>"}}, {"0": {}}])
+def test_added_tokens_that_are_none_are_reported(make_folder: MakeFolder, listed: dict[str, Any]) -> None:
+    with pytest.raises(TokenizerError) as caught:
+        read_tokenizer(make_folder(tokenizer_config=lambda c: c.update(added_tokens_decoder=listed)), ROWS)
+    assert "added_tokens_decoder: expected an id and a token" in str(caught.value)
+
+
 def test_a_folder_without_tokenizer_json(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"has no tokenizer\.json"):
         read_tokenizer(tmp_path, ROWS)
