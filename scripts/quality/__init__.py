@@ -1,0 +1,1 @@
+"""What the quality benchmarks share: held-out text, KL divergence by token, paired bootstrap."""

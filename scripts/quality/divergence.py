@@ -1,0 +1,78 @@
+"""KL divergence by token of a file's exact weights: both sides in the f32 reference forward, steps cached.
+
+A step's result lies under the cache folder by the hash of what it was made from, so an interrupted benchmark
+goes on where it was, and a second benchmark of the same model does not run its reference again.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from converters.checkpoint import Checkpoint
+from converters.gguf_source import open_gguf
+from quantize.llama import FINAL_NORM
+from quantize.metrics import chunks
+from quantize.reference import ReferenceModel
+
+POSITIONS = 256
+
+
+def digest(*parts: object) -> str:
+    """Return a hash of paths' contents, tensors' bytes and other things' texts."""
+    whole = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with part.open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        elif isinstance(part, torch.Tensor):
+            whole.update(part.numpy().tobytes())
+        else:
+            whole.update(str(part).encode())
+    return whole.hexdigest()[:24]
+
+
+def cached(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Return the tensor at a path, made and written there first if need be."""
+    if not path.exists():
+        made = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        torch.save(made, partial)
+        partial.replace(path)
+    loaded: torch.Tensor = torch.load(path, weights_only=True)
+    return loaded
+
+
+class Reference:
+    """A checkpoint's final states over fixed rows, and the KL divergence of files to it."""
+
+    def __init__(self, checkpoint: Checkpoint, rows: Sequence[torch.Tensor], cache: Path) -> None:
+        self.rows, self.cache = list(rows), cache
+        self.model = ReferenceModel(checkpoint.config, checkpoint.weights)
+        # A tensor that every seed scales differently stands for the weights.
+        gains = checkpoint.weights.load(FINAL_NORM).float()
+        self.key = digest(checkpoint.provenance.source, checkpoint.config, gains, *self.rows)
+        self.lengths = [len(row) for row in self.rows]
+        self.states = cached(cache / f"{self.key}.states", lambda: torch.cat(self.model.hidden(self.rows)))
+
+    def divergence(self, path: Path) -> torch.Tensor:
+        """Return KL(checkpoint || file) in nats, f32 (tokens,), of a GGUF's weights at every position."""
+        return cached(self.cache / f"{self.key}-{digest(path)}.kl", lambda: self._measure(path))
+
+    @torch.inference_mode()
+    def _measure(self, path: Path) -> torch.Tensor:
+        file = open_gguf(path)
+        other = ReferenceModel(file.config, file.weights)
+        states = torch.cat(other.hidden(self.rows))
+        parts = []
+        for start, end in chunks(len(states), POSITIONS):
+            pair = self.model.logits(self.states[start:end]), other.logits(states[start:end])
+            log_p, log_q = (torch.log_softmax(logits, dim=-1) for logits in pair)
+            parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        return torch.cat(parts)
+
+    def by_row(self, divergence: torch.Tensor) -> torch.Tensor:
+        """Return each row's mean, f64 (rows,): what the bootstrap draws from."""
+        return torch.stack([part.double().mean() for part in torch.split(divergence, self.lengths)])
