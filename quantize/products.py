@@ -36,10 +36,14 @@ def gram(x: torch.Tensor) -> torch.Tensor:
         end = min(start + step, n)
         result[start:end, start:] = linear(columns[start:end], columns[start:])
         result[end:, start:end] = result[start:end, end:].T
+        tile = result[start:end, start:end]  # its two halves may differ in the order of their sums
+        tile.copy_(tile.triu() + tile.triu(1).T)
     return result
 
 
 def has_onednn(device: torch.device) -> bool:
     """Return whether products on a device go through oneDNN."""
-    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    there = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
+        torch.ops.mkldnn, "_linear_pointwise"
+    )
     return device.type == "cpu" and there
