@@ -67,11 +67,12 @@ class _Centred(FieldCodec):
     def search(self, rows: torch.Tensor, importance: torch.Tensor | None) -> Fields:
         """Return the largest magnitude's share, or the best of 19 scales by importance."""
         middle = 1 << (self.bits - 1)
-        if importance is None:
-            return self._plain(rows.reshape(-1, 32), middle)
         n = rows.numel() // 32
         d, codes = search.floats(n), search.codes(n, 32)
-        search.run(native.symmetric_blocks, rows, 32, importance, middle, d, codes)
+        if importance is None:
+            native.plain_symmetric_blocks(rows.reshape(-1, 32).numpy(), middle, d.numpy(), codes.numpy())
+        else:
+            search.run(native.symmetric_blocks, rows, 32, importance, middle, d, codes)
         return Fields(d, codes)
 
     def search_tensors(self, rows: torch.Tensor, importance: torch.Tensor | None) -> Fields:
@@ -110,11 +111,13 @@ class _Based(FieldCodec):
     def search(self, rows: torch.Tensor, importance: torch.Tensor | None) -> Fields:
         """Return the smallest and the range's share, or the best of 38 scales and minima by importance."""
         top = (1 << self.bits) - 1
-        if importance is None:
-            return self._plain(rows.reshape(-1, 32), top)
         n = rows.numel() // 32
         d, m, codes = search.floats(n), search.floats(n), search.codes(n, 32)
-        search.run(native.affine_blocks, rows, 32, importance, top, d, m, codes)
+        if importance is None:
+            blocks = rows.reshape(-1, 32).numpy()
+            native.plain_affine_blocks(blocks, top, d.numpy(), m.numpy(), codes.numpy())
+        else:
+            search.run(native.affine_blocks, rows, 32, importance, top, d, m, codes)
         return Fields(d, codes, dmin=m)
 
     def search_tensors(self, rows: torch.Tensor, importance: torch.Tensor | None) -> Fields:

@@ -17,6 +17,7 @@ Bytes = npt.NDArray[np.uint8]
 
 ZERO = np.float32(0)
 ONE = np.float32(1)
+HALF = np.float32(0.5)
 TENTH = np.float32(0.1)
 # Below this largest magnitude ggml calls a block zero (GROUP_MAX_EPS).
 TINY = np.float32(1e-15)

@@ -1,7 +1,12 @@
-"""Q4_0, Q4_1, Q5_0 and Q5_1 with importances: blocks of 32 weights, 64 of them at a time.
+"""Q4_0, Q4_1, Q5_0 and Q5_1: blocks of 32 weights.
 
-The codes are those of the search, which measured with the unrounded scale; nothing is rounded again. The
-variance in the weights is that of the whole row.
+With importances 64 blocks are searched at a time. The codes are those of the search, which measured with the
+unrounded scale; nothing is rounded again. The variance in the weights is that of the whole row.
+
+Without, there is nothing to search: the scale follows from the largest magnitude or from the range. So little
+is computed then that laying the blocks side by side would take longer; each is done by itself, and its
+extremes are found as integers, for the compiler gives up on the order of floats. A positive float's bits
+grow with it; flipping all but the sign bit of the negative ones makes that true of every float.
 """
 
 from typing import Any
@@ -9,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from quantize.codecs.native.affine import affine
-from quantize.codecs.native.arithmetic import ZERO, Bytes, Floats
+from quantize.codecs.native.arithmetic import HALF, ONE, ZERO, Bytes, Floats
 from quantize.codecs.native.compiled import native
 from quantize.codecs.native.symmetric import symmetric
 from quantize.codecs.native.tiles import (
@@ -25,6 +30,8 @@ from quantize.codecs.native.tiles import (
 )
 
 _WIDE_LADDER = (np.float32(-0.9), np.float32(0.05), 36)
+_SIZE = np.int32(0x7FFFFFFF)
+_SIGN = np.int32(-0x80000000)
 
 
 @native
@@ -81,3 +88,80 @@ def affine_blocks(
         store_lanes(d, first, out_d)
         store_lanes(drop, first, out_m)
         store(codes, first, out_codes)
+
+
+@native
+def _inverse(d: Any) -> Any:
+    """Return 1 / d, and d itself where that is zero."""
+    return ONE / d if d != ZERO else d
+
+
+@native
+def _write_codes(blocks: Floats, b: int, low: Any, d: Any, offset: Any, top: int, codes: Bytes) -> None:
+    """Write trunc((x - low) / d + offset), at most top; zeros where a tiny d has no finite inverse."""
+    inverse = _inverse(d)
+    for i in range(blocks.shape[1]):
+        code = min(np.int32(np.float32((blocks[b, i] - low) * inverse) + offset), np.int32(top))
+        codes[b, i] = np.uint8(0) if np.isinf(inverse) else np.uint8(code)
+
+
+@native
+def _extreme(blocks: Floats, bits: Any, b: int) -> Any:
+    """Return the weight of largest magnitude with its sign; of x and -x the one that comes first."""
+    size = np.int32(0)
+    for i in range(blocks.shape[1]):
+        size = max(size, np.int32(bits[b, i] & _SIZE))
+    positive, negative = np.int32(0), np.int32(0)
+    for i in range(blocks.shape[1]):
+        positive |= np.int32(bits[b, i] == size)
+        negative |= np.int32(bits[b, i] == np.int32(size | _SIGN))
+    if positive != negative:
+        magnitude = np.int32(size).view(np.float32)
+        return magnitude if positive else -magnitude
+    for i in range(blocks.shape[1]):
+        if np.int32(bits[b, i] & _SIZE) == size:
+            return blocks[b, i]
+    return ZERO
+
+
+@native
+def plain_symmetric_blocks(blocks: Floats, top: int, out_d: Floats, out_codes: Bytes) -> None:
+    """Round the blocks (B, 32) of Q4_0 (top 8) or Q5_0 (top 16) by their weight of largest magnitude."""
+    bits, offset = blocks.view(np.int32), np.float32(top) + HALF
+    for b in range(len(blocks)):
+        # No negative zero: ggml's search starts from a positive one.
+        d = (_extreme(blocks, bits, b) + ZERO) / -np.float32(top)
+        out_d[b] = d
+        _write_codes(blocks, b, ZERO, d, offset, 2 * top - 1, out_codes)
+
+
+@native
+def _ordered(bits: Any) -> Any:
+    """Map a float's bits to an integer that grows with the float, and back."""
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & _SIZE))
+
+
+@native
+def plain_affine_blocks(blocks: Floats, top: int, out_d: Floats, out_m: Floats, out_codes: Bytes) -> None:
+    """Round the blocks (B, 32) of Q4_1 (top 15) or Q5_1 (top 31) by their smallest weight and their range."""
+    bits = blocks.view(np.int32)
+    for b in range(len(blocks)):
+        smallest, largest = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+        for i in range(blocks.shape[1]):
+            key = _ordered(bits[b, i])
+            smallest, largest = min(smallest, key), max(largest, key)
+        low = np.int32(_ordered(smallest)).view(np.float32)
+        if low == ZERO:
+            low = _first_zero(blocks, b)
+        d = np.abs(np.int32(_ordered(largest)).view(np.float32) - low) / np.float32(top)
+        out_d[b], out_m[b] = d, low
+        _write_codes(blocks, b, low, d, HALF, top, out_codes)
+
+
+@native
+def _first_zero(blocks: Floats, b: int) -> Any:
+    """Return the first zero: 0 and -0 are equal, their bits are not, and ggml keeps the first."""
+    for i in range(blocks.shape[1]):
+        if blocks[b, i] == ZERO:
+            return blocks[b, i]
+    return ZERO
