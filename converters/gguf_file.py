@@ -23,12 +23,29 @@ from typing import Any
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from gguf.gguf_writer import WriterState
 
+from quantize.codecs import CODECS
 from quantize.errors import CheckpointError
 
 DEFAULT_ALIGNMENT = 32
 _MAX_NAME = 63  # bytes: llama.cpp's GGML_MAX_NAME with its terminating zero
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class StoredType:
+    """A type of the tensor table: how many weights a block has, and how many bytes."""
+
+    name: str
+    block_size: int
+    block_bytes: int
+
+
+# The gguf package knows types for computing and integers, our own codecs also the newest ones.
+STORED_TYPES = {int(kind): StoredType(kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()} | {
+    kind.ggml_type: StoredType(name, kind.block_size, kind.block_bytes) for name, kind in CODECS.items()
+}
+BLOCK_SIZES = {kind.name: kind.block_size for kind in STORED_TYPES.values()}
 
 
 @dataclass(frozen=True)
@@ -149,17 +166,15 @@ class _Reader:
             )
         dimensions = [self._number("Q") for _ in range(n_dimensions)]
         number, offset = self._number("I"), self._number("Q")
-        try:
-            quant = GGMLQuantizationType(number)
-        except ValueError:
-            raise _Corrupt(f"tensor {name}: unknown type {number}") from None
-        block_size, block_bytes = GGML_QUANT_SIZES[quant]
-        if dimensions[0] % block_size:
+        if number not in STORED_TYPES:
+            raise _Corrupt(f"tensor {name}: unknown type {number}")
+        kind = STORED_TYPES[number]
+        if dimensions[0] % kind.block_size:
             raise _Corrupt(
-                f"tensor {name}: {dimensions[0]} columns, not whole blocks of {block_size} ({quant.name})"
+                f"tensor {name}: {dimensions[0]} columns, not whole blocks of {kind.block_size} ({kind.name})"
             )
-        n_bytes = math.prod(dimensions) // block_size * block_bytes
-        return TensorEntry(name, tuple(reversed(dimensions)), quant.name, offset, n_bytes)
+        n_bytes = math.prod(dimensions) // kind.block_size * kind.block_bytes
+        return TensorEntry(name, tuple(reversed(dimensions)), kind.name, offset, n_bytes)
 
     def _value(self, kind: int, key: str) -> Any:
         if kind == _STRING:

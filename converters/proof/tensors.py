@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from converters.bounds import GAIN, bound_of
 from converters.checkpoint import Checkpoint
+from converters.gguf_file import BLOCK_SIZES
 from converters.gguf_source import GgufFile
 from converters.proof.record import Check, OnProgress, TensorFigures
 from quantize.fidelity import BlockReport, check_blocks, check_exact
@@ -56,8 +56,7 @@ def compare_tensor(file: GgufFile, reference: Checkpoint, name: str) -> TensorFi
     source, stored = reference.weights.load(name), file.weights.load(name)
     if quant in FLOATS:
         return TensorFigures(name, quant, check_exact(source, stored, FLOATS[quant]))
-    block_size, _ = GGML_QUANT_SIZES[GGMLQuantizationType[quant]]
-    return TensorFigures(name, quant, check_blocks(source, stored, block_size))
+    return TensorFigures(name, quant, check_blocks(source, stored, BLOCK_SIZES[quant]))
 
 
 @contextmanager

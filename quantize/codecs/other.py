@@ -6,16 +6,19 @@
 | TQ2_0 | 256     | 66    | twos[64] @0, d: half @64                | d * (two - 1)        |
 | MXFP4 | 32      | 17    | exponent @0, nibbles[16] @1             | 2^(e - 128) * value  |
 | NVFP4 | 64      | 36    | unsigned e4m3[4] @0, nibbles[32] @4     | scale / 2 * value    |
+| Q1_0  | 128     | 18    | d: half @0, bits[16] @2                 | d or, bit clear, -d  |
+| Q2_0  | 64      | 18    | d: half @0, twos[16] @2                 | d * (two - 1)        |
 
 A byte of TQ1_0 is five trits as a fraction: multiplied by 3 its integer part is the next trit. Nibbles lie as
 in Q4_0, in NVFP4 so in every 16 weights, each of which has a scale. The sixteen values of a nibble are those
-of a float of two exponent bits and one of mantissa, doubled.
+of a float of two exponent bits and one of mantissa, doubled. In Q1_0 and Q2_0 neighbours share a byte, the
+first lowest.
 """
 
 import torch
 
 from quantize.codecs.base import Codec
-from quantize.codecs.bits import half_values, unpack_bits
+from quantize.codecs.bits import half_values, unpack_bits, unpack_neighbours
 from quantize.errors import PlanError
 
 _E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.float32)
@@ -96,3 +99,25 @@ class NVFP4(_ReadOnly):
         table = _E2M1.to(blocks.device)
         codes = unpack_bits(blocks[:, 4:].reshape(-1, 4, 8), 4).reshape(-1, 4, 16)
         return scale[:, :, None] * table[codes.int()]
+
+
+class Q1_0(_ReadOnly):
+    """A sign and a scale."""
+
+    name, ggml_type, file_type = "Q1_0", 41, 40
+    block_size, block_bytes = 128, 18
+
+    def _values(self, blocks: torch.Tensor) -> torch.Tensor:
+        d = half_values(blocks[:, :2])[:, None]
+        return torch.where(unpack_neighbours(blocks[:, 2:], 1) == 1, d, -d)
+
+
+class Q2_0(_ReadOnly):
+    """Two bits from minus one to two."""
+
+    name, ggml_type, file_type = "Q2_0", 42, 41
+    block_size, block_bytes = 64, 18
+
+    def _values(self, blocks: torch.Tensor) -> torch.Tensor:
+        twos = unpack_neighbours(blocks[:, 2:], 2)
+        return half_values(blocks[:, :2])[:, None] * (twos.float() - 1)
