@@ -27,7 +27,7 @@ from quantize.codecs import CODECS
 from quantize.errors import CheckpointError
 
 DEFAULT_ALIGNMENT = 32
-_MAX_NAME = 63  # bytes: llama.cpp's GGML_MAX_NAME with its terminating zero
+MAX_NAME = 63  # bytes: llama.cpp's GGML_MAX_NAME with its terminating zero
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
@@ -159,10 +159,10 @@ class _Reader:
     def _tensor(self) -> TensorEntry:
         name = self._string("a tensor name")
         n_dimensions = self._number("I")
-        if len(name.encode()) > _MAX_NAME or not 1 <= n_dimensions <= 4:
+        if len(name.encode()) > MAX_NAME or not 1 <= n_dimensions <= 4:
             raise _Corrupt(
                 f"tensor {name[:80]!r}: {n_dimensions} dimensions and {len(name.encode())} bytes of name"
-                f"; at most 4 and {_MAX_NAME} are allowed"
+                f"; at most 4 and {MAX_NAME} are allowed"
             )
         dimensions = [self._number("Q") for _ in range(n_dimensions)]
         number, offset = self._number("I"), self._number("Q")
