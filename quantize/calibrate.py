@@ -18,7 +18,7 @@ micro-batches and ranks change the result by less than 1e-5 of it.
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -210,8 +210,3 @@ def _not_finite(faults: Sequence[Dropped], reasons: Sequence[str]) -> Calibratio
         reasons=[*listed, *reasons],
         hint="look at the weights of that layer and at those rows, or leave such rows out",
     )
-
-
-def renumbered(dropped: Dropped, by: int) -> Dropped:
-    """Return the record of the same row where `by` rows come before it."""
-    return replace(dropped, row=dropped.row + by)

@@ -11,7 +11,6 @@ It is replaced after each block, when the block's member and the states behind i
 at any moment costs one block, and what was half done is done again from the same input, to the same bytes.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,10 +18,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from converters.disk import explained, write_whole
+from converters.disk import explained, open_locked, write_whole
 from converters.stats.manifest import Member, Request, parse_request
 from quantize.calibrate import Dropped
-from quantize.errors import ArchiveError, OutputError
+from quantize.errors import ArchiveError
 
 NAME, LOCK = "progress.json", "calibrate.lock"
 
@@ -75,12 +74,9 @@ def locked(folder: Path) -> Iterator[None]:
     """
     path = folder / LOCK
     with explained(path):
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = open_locked(path)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-        path.unlink(missing_ok=True)
-    except BlockingIOError as error:
-        raise OutputError(f"{folder}: another run is calibrating into this folder") from error
     finally:
+        path.unlink(missing_ok=True)
         os.close(file)
