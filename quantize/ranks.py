@@ -7,10 +7,14 @@ over all ranks. One process alone is one rank, for which all of this does nothin
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import distributed
+
+# Ranks meet once a block, which may take hours on processors; torchrun ends the others when one dies.
+_PATIENCE = timedelta(hours=24)
 
 
 class Ranks:
@@ -51,7 +55,8 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield Ranks()
     finally:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -67,9 +67,9 @@ class Rows:
         return digest.hexdigest()
 
 
-def block_member(layer: int) -> str:
-    """Return the name of a block's file."""
-    return f"block-{layer:05d}.safetensors"
+def block_member(layer: int | Literal["*"]) -> str:
+    """Return the name of a block's file, or the pattern of all."""
+    return f"block-{layer if layer == '*' else f'{layer:05d}'}.safetensors"
 
 
 def gather_rows(rows: Sequence[TokenRow]) -> Rows:

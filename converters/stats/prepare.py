@@ -13,7 +13,16 @@ from converters.stats import manifest, progress
 from converters.stats.archive import Archive, open_archive
 from converters.stats.fingerprint import differences, fingerprint
 from converters.stats.manifest import Request, read_manifest
-from converters.stats.members import Rows, TokenRow, archive_bytes, file_hash, gather_rows
+from converters.stats.members import (
+    HEAD,
+    ROWS,
+    Rows,
+    TokenRow,
+    archive_bytes,
+    block_member,
+    file_hash,
+    gather_rows,
+)
 from converters.stats.progress import Progress, read_progress
 from quantize.calibrate import micro_batch_for
 from quantize.errors import ArchiveError, OutputError, UsageError
@@ -65,7 +74,7 @@ def prepare(
 
     The folder must exist. Raises UsageError, ArchiveError, OutputError as `calibrate_checkpoint` says.
     """
-    _check_rows(rows, checkpoint.config)
+    _check_folder(options.folder)
     gathered, model = gather_rows(rows), fingerprint(checkpoint)
     base = None if options.add is None else _base(options, model)
     if options.fresh:
@@ -74,9 +83,7 @@ def prepare(
     made = read_manifest(options.folder).request if (options.folder / manifest.NAME).exists() else None
     earlier = made or (begun.request if begun is not None else None)
     request = _request(model, gathered, identity, options, n_ranks, base, earlier)
-    if earlier is None:
-        _check_empty(options.folder)
-    elif changes := earlier.changes(request):
+    if earlier is not None and (changes := earlier.changes(request)):
         what = "holds an archive of another request" if made else "was begun with another request"
         hint = "use another folder, or start over with --fresh"
         raise ArchiveError(f"{options.folder}: {what}", reasons=changes, hint=hint)
@@ -107,26 +114,23 @@ def remove_leftovers(folder: Path) -> None:
 def _clear(folder: Path) -> None:
     """Remove an archive and what a run left, the manifest first: half an archive must not look whole."""
     with explained(folder):
-        for path in (folder / manifest.NAME, folder / progress.NAME, *_ours(folder)):
-            path.unlink(missing_ok=True)
+        for path in _ours(folder):
+            if path.name != progress.LOCK:  # which this run holds
+                path.unlink()
 
 
 def _ours(folder: Path) -> list[Path]:
-    """Return the files of the folder that a calibration writes, the lock excepted."""
-    names = (manifest.NAME, progress.NAME, "*.safetensors")
-    patterns = (*names, *(f"{name}{PARTIAL}" for name in names), f"{STATES}*")
+    """Return the files of the folder that a calibration writes."""
+    names = (manifest.NAME, progress.NAME, block_member("*"), HEAD, ROWS)
+    patterns = (*names, *(f"{name}{PARTIAL}" for name in names), f"{STATES}*", progress.LOCK)
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
-def _check_empty(folder: Path) -> None:
-    """Refuse a folder of somebody else's; what a run leaves that was killed before it began may be there."""
-    partial = (f"{manifest.NAME}{PARTIAL}", f"{progress.NAME}{PARTIAL}", progress.LOCK)
-    others = [
-        path.name
-        for path in sorted(folder.iterdir())
-        if path.name not in partial and not path.name.startswith(STATES)
-    ]
-    if others:
+def _check_folder(folder: Path) -> None:
+    """Refuse somebody else's folder. Parts of an archive may be there, from a run killed while it cleared."""
+    if (folder / manifest.NAME).exists() or (folder / progress.NAME).exists():
+        return
+    if others := sorted(path.name for path in set(folder.iterdir()) - set(_ours(folder))):
         raise OutputError(
             f"{folder}: no statistics archive, and not empty: {', '.join(others[:_LISTED])}",
             hint="give a new folder",
@@ -145,7 +149,7 @@ def _check_members(folder: Path, begun: Progress) -> None:
         )
 
 
-def _check_rows(rows: Sequence[TokenRow], config: LlamaConfig) -> None:
+def check_rows(rows: Sequence[TokenRow], config: LlamaConfig) -> None:
     """Raise UsageError, with every reason, for rows that the model cannot take."""
     reasons = list(_row_reasons(rows, config.vocab_size))
     n_kinds = len({row.kind for row in rows})

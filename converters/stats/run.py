@@ -31,7 +31,7 @@ from converters.stats.members import (
     statistic_tensors,
     write_member,
 )
-from converters.stats.prepare import STATES, CalibrateOptions, Task, prepare, remove_leftovers
+from converters.stats.prepare import STATES, CalibrateOptions, Task, check_rows, prepare, remove_leftovers
 from converters.stats.progress import Progress, locked, write_progress
 from converters.stats.states import FileStates
 from quantize import llama
@@ -64,6 +64,7 @@ def calibrate_checkpoint(
     """
     if options.micro_batch is not None and options.micro_batch < 1:
         raise UsageError(f"a micro-batch of {options.micro_batch} tokens; at least one is needed")
+    check_rows(rows, checkpoint.config)
     device = rank_device(usable_device(options.device))
     with joined_ranks(device) as ranks, ExitStack() as stack:
         together = _Together(ranks)

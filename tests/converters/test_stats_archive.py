@@ -283,6 +283,10 @@ def test_somebody_elses_folder_is_left_alone(source: Path, tmp_path: Path) -> No
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(OutputError, match=r"not empty: .*thesis\.tex"):
         calibrate(source, tmp_path)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    with pytest.raises(OutputError, match=r"not empty: .*model\.safetensors"):
+        calibrate(source, source, fresh=True)
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
 def test_too_little_room_is_seen_before_the_work(

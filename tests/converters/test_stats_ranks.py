@@ -12,7 +12,7 @@ import torch
 from converters.stats.archive import Archive, open_archive
 from quantize.errors import ArchiveError
 from tests.conftest import ROOT, MakeCheckpoint
-from tests.converters.test_stats_resume import calibrate
+from tests.converters.test_stats_resume import calibrate, rows_of
 
 CHILD = """
 import sys
@@ -66,6 +66,18 @@ def test_two_ranks_write_what_one_writes(make_checkpoint: MakeCheckpoint, tmp_pa
         assert torch.allclose(one.diagonal(), two.diagonal(), rtol=1e-5)
     with pytest.raises(ArchiveError, match="option ranks: 1, begun with 2"):
         calibrate(source, tmp_path / "two")
+
+
+def test_what_one_rank_finds_ends_all_ranks(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    # The longest row, the last, is all of rank 0's; the bad token is in one of the others.
+    rows = rows_of()
+    bad = next(int(token) for token in rows[0].ids if token not in rows[3].ids)
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.embed_tokens.weight"][bad, 7] = torch.nan
+
+    said = two_ranks(make_checkpoint(edit=spoil), tmp_path / "stats")
+    assert all("CalibrationError" in text and "layer 0, attention_input: row 0" in text for text in said)
 
 
 def test_an_error_of_rank_0_ends_all_ranks(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
