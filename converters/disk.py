@@ -74,7 +74,7 @@ class PartialFile:
         """Create `path`.partial, or take over a dead run's; raises OutputError."""
         self.path, self.partial = path, path.with_name(path.name + PARTIAL)
         with explained(path):
-            self._file = _open_locked(self.partial)
+            self._file = open_locked(self.partial)
             try:
                 os.ftruncate(self._file, 0)
                 _reserve(self._file, n_bytes)
@@ -140,17 +140,21 @@ def write_whole(path: Path, data: bytes) -> None:
         file.abandon()
 
 
-def _open_locked(partial: Path) -> int:
+def open_locked(path: Path) -> int:
+    """Open or create a file and lock it until its descriptor, which is returned, is closed.
+
+    Raises OutputError where another process has the lock, OSError for what cannot be opened.
+    """
     while True:
-        file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Between open and lock its last owner may have renamed it: then this is the finished file.
-            if _is_at(file, partial):
+            if _is_at(file, path):
                 return file
         except BlockingIOError as error:
             os.close(file)
-            raise OutputError(f"{partial}: another run is writing this file") from error
+            raise OutputError(f"{path}: another run is writing this file") from error
         except OSError:
             os.close(file)
             raise

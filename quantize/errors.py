@@ -5,6 +5,8 @@
     ├── CheckpointError                   the source: missing, broken or of an unsupported kind
     ├── TokenizerError                    the tokenizer: missing, or not recognised
     ├── ImatrixError                      the imatrix: unreadable, or made from another model
+    ├── CalibrationError                  the calibration met activations that are not finite
+    ├── ArchiveError                      the statistics archive: damaged, of another model or another run
     ├── PlanError                         what was asked cannot be made from this checkpoint
     ├── OutputError                       the destination: exists, full, read-only
     ├── RuntimeMissingError               an optional runtime is not installed; names the install line
@@ -52,6 +54,14 @@ class TokenizerError(DscqError):
 
 class ImatrixError(DscqError):
     """The imatrix file cannot be read, holds what no imatrix can, or is that of another model."""
+
+
+class CalibrationError(DscqError):
+    """The calibration met activations that are not finite numbers; names layer, input and row."""
+
+
+class ArchiveError(DscqError):
+    """A statistics archive is damaged, of another version, model or run; `reasons` holds every one."""
 
 
 class PlanError(DscqError):

@@ -12,11 +12,15 @@ the causal one.
         ids -> embedding -> [ norm -> attention -> + -> norm -> SwiGLU -> + ] x n_layers -> norm -> head
                             '-------------- one block, loaded and dropped --------'
 
+An observer sees the input of every linear on its way, under the names of `INPUTS`: q, k and v share one,
+gate and up share one. Several rows may go through a block as one *pack*, one after the other in one tensor:
+only attention, which must not look from one row into another, takes them apart.
+
 Rotary positions follow transformers' Llama: frequencies theta^(-2i/d), divided by the linear scaling
 factor (which is the same as dividing the positions), rotation of the two halves of a head.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,8 +31,25 @@ from quantize.llama import EMBEDDING, FINAL_NORM, HEAD, LlamaConfig, block_tenso
 from quantize.weights import Weights
 
 Block = dict[str, torch.Tensor]
+Tables = tuple[torch.Tensor, torch.Tensor]
 OnBlock = Callable[[int, int], None]
 """Called with (blocks done, blocks in all)."""
+
+Observe = Callable[[str, torch.Tensor, int], None]
+"""Called with (name of an input, f32 (n, K), the place of its first token in the pack)."""
+
+ATTENTION_INPUT, ATTENTION_MIXED = "attention_input", "attention_mixed"
+MLP_INPUT, MLP_INNER, HEAD_INPUT = "mlp_input", "mlp_inner", "head_input"
+INPUTS = {
+    "self_attn.q_proj": ATTENTION_INPUT,
+    "self_attn.k_proj": ATTENTION_INPUT,
+    "self_attn.v_proj": ATTENTION_INPUT,
+    "self_attn.o_proj": ATTENTION_MIXED,
+    "mlp.gate_proj": MLP_INPUT,
+    "mlp.up_proj": MLP_INPUT,
+    "mlp.down_proj": MLP_INNER,
+}
+"""The input that each linear of a block multiplies."""
 
 MLP_TOKENS = 1024  # of a long row at a time: the inner activations would be its largest tensors
 
@@ -50,15 +71,53 @@ class ReferenceModel:
         one block in f32, the hidden states of all rows, the activations of one row.
         """
         with full_f32():
-            states = self._embed(rows)
+            states = list(self.embed(rows))
             for layer in range(self.config.n_layers):
-                block = self._load_block(layer)
+                block = self.widen(self.read_block(layer))
                 for index, state in enumerate(states):
-                    states[index] = self._forward_block(block, state)
+                    states[index] = self.forward_block(block, state, [len(state)])
                 if on_block is not None:
                     on_block(layer + 1, self.config.n_layers)
             gain = self._load(FINAL_NORM)
             return [self._norm(state, gain) for state in states]
+
+    def embed(self, rows: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Yield the embedded rows of ids (n,): f32 (n, hidden_size) on the device."""
+        # Only the rows in use are widened: the table itself is as large as several blocks.
+        table = self.weights.load(EMBEDDING)
+        for row in rows:
+            yield table[row.cpu()].to(device=self.device, dtype=torch.float32)
+
+    def read_block(self, layer: int) -> Block:
+        """Return a decoder block's tensors as stored, by their names within the block."""
+        return {name: self.weights.load(block_tensor(layer, name)) for name in self.config.block_shapes()}
+
+    def widen(self, block: Block) -> Block:
+        """Return a block in f32 on the device."""
+        return {name: tensor.to(device=self.device, dtype=torch.float32) for name, tensor in block.items()}
+
+    def forward_block(
+        self, block: Block, state: torch.Tensor, lengths: Sequence[int], observe: Observe | None = None
+    ) -> torch.Tensor:
+        """Push a pack through a block: f32 (n, hidden_size) to the same.
+
+        The pack is rows of `lengths` tokens, one after the other, n in all; `observe` is called with
+        every input of the block's linears, the MLP's at most MLP_TOKENS at a time. To be called under
+        `full_f32` and without gradients.
+        """
+        seen = observe if observe is not None else _unobserved
+        normed = self._norm(state, block["input_layernorm"])
+        seen(ATTENTION_INPUT, normed, 0)
+        mixed = self._attention(block, normed, lengths)
+        seen(ATTENTION_MIXED, mixed, 0)
+        state = state + functional.linear(mixed, block["self_attn.o_proj"])
+        starts = range(0, len(state), MLP_TOKENS)
+        parts = zip(starts, torch.split(state, MLP_TOKENS), strict=True)
+        return torch.cat([self._mlp_residual(block, part, start, seen) for start, part in parts])
+
+    def final_norm(self, state: torch.Tensor) -> torch.Tensor:
+        """Return the output matrix's input, f32 (n, hidden_size), for states behind the last block."""
+        return self._norm(state, self._load(FINAL_NORM))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -79,36 +138,33 @@ class ReferenceModel:
     def _load(self, name: str) -> torch.Tensor:
         return self.weights.load(name).to(device=self.device, dtype=torch.float32)
 
-    def _load_block(self, layer: int) -> Block:
-        return {name: self._load(block_tensor(layer, name)) for name in self.config.block_shapes()}
-
-    def _embed(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        # Only the rows in use are widened: the table itself is as large as several blocks.
-        table = self.weights.load(EMBEDDING)
-        return [table[row.cpu()].to(device=self.device, dtype=torch.float32) for row in rows]
-
     def _norm(self, state: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         variance = state.square().mean(-1, keepdim=True)
         return gain * (state * torch.rsqrt(variance + self.config.rms_norm_eps))
 
-    def _forward_block(self, block: Block, state: torch.Tensor) -> torch.Tensor:
-        state = state + self._attention(block, self._norm(state, block["input_layernorm"]))
-        return torch.cat([self._mlp_residual(block, part) for part in torch.split(state, MLP_TOKENS)])
-
-    def _mlp_residual(self, block: Block, state: torch.Tensor) -> torch.Tensor:
+    def _mlp_residual(self, block: Block, state: torch.Tensor, start: int, observe: Observe) -> torch.Tensor:
         normed = self._norm(state, block["post_attention_layernorm"])
+        observe(MLP_INPUT, normed, start)
         gate = functional.silu(functional.linear(normed, block["mlp.gate_proj"]))
         inner = gate * functional.linear(normed, block["mlp.up_proj"])
+        observe(MLP_INNER, inner, start)
         return state + functional.linear(inner, block["mlp.down_proj"])
 
-    def _attention(self, block: Block, normed: torch.Tensor) -> torch.Tensor:
-        config, n_tokens = self.config, normed.shape[0]
-        cos, sin = rotary_tables(config, n_tokens, self.device)
+    def _attention(self, block: Block, normed: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Return what o_proj multiplies, f32 (n, n_heads * head_dim)."""
+        tables = rotary_tables(self.config, max(lengths), self.device)
+        projected = (functional.linear(normed, block[f"self_attn.{name}_proj"]) for name in "qkv")
+        by_row = zip(*(torch.split(heads, list(lengths)) for heads in projected), strict=True)
+        return torch.cat([self._mix(query, key, value, tables) for query, key, value in by_row])
+
+    def _mix(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tables: Tables
+    ) -> torch.Tensor:
+        """Attend within one row: (n, heads * head_dim) of q, k and v to (n, n_heads * head_dim)."""
+        config, n_tokens = self.config, query.shape[0]
+        cos, sin = (table[:n_tokens] for table in tables)
         query, key, value = (
-            functional.linear(normed, block[f"self_attn.{name}_proj"])
-            .view(n_tokens, -1, config.head_dim)
-            .transpose(0, 1)
-            for name in "qkv"
+            heads.reshape(n_tokens, -1, config.head_dim).transpose(0, 1) for heads in (query, key, value)
         )
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         groups = config.n_heads // config.n_kv_heads
@@ -116,7 +172,11 @@ class ReferenceModel:
         mixed = functional.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True)[
             0
         ]
-        return functional.linear(mixed.transpose(0, 1).reshape(n_tokens, -1), block["self_attn.o_proj"])
+        return mixed.transpose(0, 1).reshape(n_tokens, -1)
+
+
+def _unobserved(name: str, inputs: torch.Tensor, start: int) -> None:
+    """Look at nothing."""
 
 
 def rotary_tables(

@@ -1,0 +1,166 @@
+"""A statistics archive, opened: statistics by the checkpoint's tensor names, read when they are asked for.
+
+Opening looks at the manifest and at the length of every member. A member's hash is checked when it is first
+read, and then its tensors are views of the mapped file, so that an archive of 6 GB costs nothing but what
+is used.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from converters.checkpoint import Checkpoint
+from converters.imatrix import Importances
+from converters.stats import members
+from converters.stats.fingerprint import differences, fingerprint
+from converters.stats.manifest import Manifest, read_manifest
+from converters.stats.members import HEAD, ROWS, Rows, block_member
+from quantize import llama
+from quantize.errors import ArchiveError
+from quantize.llama import LlamaConfig, block_tensor
+from quantize.reference import HEAD_INPUT, INPUTS
+from quantize.statistics import PackedStatistics, Statistics, unpack
+
+_BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An archive that is whole. Several threads may read it."""
+
+    folder: Path
+    manifest: Manifest
+    _checked: set[str] = field(default_factory=set)
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The figures of the model that was calibrated."""
+        return LlamaConfig(**self.manifest.request.model["config"])
+
+    @property
+    def diagonal_only(self) -> bool:
+        """Whether the archive has no Hessians."""
+        return bool(self.manifest.request.options["diagonal_only"])
+
+    def linears(self) -> list[str]:
+        """Return the checkpoint's names of all matrices that the archive has statistics for."""
+        config = self.config
+        names = [block_tensor(layer, name) for layer in range(config.n_layers) for name in INPUTS]
+        return [*names, llama.EMBEDDING if config.tied_head else llama.HEAD]
+
+    def statistics(self, name: str) -> Statistics:
+        """Return the statistics of the input of a matrix, by its tensor's name in the checkpoint.
+
+        The embedding stands for a tied head. Raises ArchiveError for a matrix that has none (the embedding
+        as such: a look-up has no input) and for a damaged file.
+        """
+        return unpack(self.packed(name))
+
+    def packed(self, name: str) -> PackedStatistics:
+        """Return the same as it is stored: views of the mapped file."""
+        member, inputs = self._place(name)
+        tensors = self._tensors(member, members.statistic_names(inputs, self.diagonal_only))
+        n_tokens, diagonal = tensors[f"{inputs}.n_tokens"], tensors[f"{inputs}.diagonal"]
+        return PackedStatistics(int(n_tokens), diagonal, tensors.get(f"{inputs}.correlations"))
+
+    def importances(self) -> Importances:
+        """Return the diagonals as an imatrix: what the quant types' searches are weighed with."""
+        rows = {name: self.packed(name).diagonal for name in self.linears()}
+        corpus = str(self.manifest.request.corpus.get("name", ""))
+        return Importances(rows, self.folder.name, corpus, self.manifest.n_rows)
+
+    def token_counts(self) -> torch.Tensor:
+        """Return how often each token occurs in the rows, int64 (vocab_size,)."""
+        return self._tensors(HEAD, ["token_counts"])["token_counts"]
+
+    def rows(self) -> Rows:
+        """Return the rows of token ids that were calibrated with."""
+        tensors = self._tensors(ROWS, ["ids", "lengths", "kinds"])
+        kinds = tuple(self.manifest.kinds[number] for number in tensors["kinds"].tolist())
+        return Rows(tensors["ids"], tensors["lengths"], kinds)
+
+    def check_model(self, checkpoint: Checkpoint) -> None:
+        """Raise ArchiveError, with every reason, unless this is the model that was calibrated."""
+        if reasons := differences(self.manifest.request.model, fingerprint(checkpoint)):
+            raise ArchiveError(
+                f"{self.folder}: statistics of another model than {checkpoint.provenance.name}",
+                reasons=reasons,
+                hint="calibrate this model, or give the archive that was made from it",
+            )
+
+    def verify(self) -> None:
+        """Check the hash of every member; raises ArchiveError that names all which are damaged."""
+        reasons = []
+        for name in self.manifest.members:
+            try:
+                self._check(name)
+            except ArchiveError as error:
+                reasons.append(error.message)
+        if reasons:
+            raise ArchiveError(
+                f"{self.folder}: damaged", reasons=reasons, hint="calibrate again with --fresh"
+            )
+
+    def _place(self, name: str) -> tuple[str, str]:
+        """Return the member and the input that belong to a tensor's name."""
+        config, block = self.config, _BLOCK.fullmatch(name)
+        if block is not None and block[2] in INPUTS and int(block[1]) < config.n_layers:
+            return block_member(int(block[1])), INPUTS[block[2]]
+        if name == llama.HEAD or (config.tied_head and name == llama.EMBEDDING):
+            return HEAD, HEAD_INPUT
+        known = f"{', '.join(INPUTS)} of layers 0 to {config.n_layers - 1}, and {llama.HEAD}"
+        raise ArchiveError(f"{self.folder}: no statistics for {name}", hint=f"there are those for {known}")
+
+    def _tensors(self, member: str, names: list[str]) -> dict[str, torch.Tensor]:
+        self._check(member)
+        return members.read_member(self.folder / member, names)
+
+    def _check(self, name: str) -> None:
+        if name in self._checked:
+            return
+        path = self.folder / name
+        try:
+            found = members.file_hash(path)
+        except OSError as error:
+            raise ArchiveError(f"{path}: cannot be read: {error.strerror}") from None
+        if found != self.manifest.members[name].sha256:
+            hint = "copy the archive again, or calibrate again with --fresh"
+            raise ArchiveError(f"{path}: damaged: its sha256 is not the one in the manifest", hint=hint)
+        self._checked.add(name)
+
+
+def open_archive(folder: Path) -> Archive:
+    """Open a statistics archive.
+
+    Raises ArchiveError for a folder that is none, an archive of another version, and, with every reason,
+    for members that are missing or of another length.
+    """
+    manifest = read_manifest(folder)
+    archive = Archive(folder, manifest)
+    if reasons := _member_reasons(archive):
+        raise ArchiveError(
+            f"{folder}: damaged", reasons=reasons, hint="copy it again, or calibrate again with --fresh"
+        )
+    return archive
+
+
+def _member_reasons(archive: Archive) -> list[str]:
+    manifest = archive.manifest
+    try:
+        wanted = [block_member(layer) for layer in range(archive.config.n_layers)]
+    except (KeyError, TypeError) as error:
+        return [f"the manifest's model is incomplete: {error}"]
+    if "diagonal_only" not in manifest.request.options:
+        return ["the manifest's options lack diagonal_only"]
+    reasons = [
+        f"the manifest lists no {name}" for name in [*wanted, HEAD, ROWS] if name not in manifest.members
+    ]
+    for name, member in manifest.members.items():
+        path = archive.folder / name
+        if not path.is_file():
+            reasons.append(f"{name} is missing")
+        elif (found := path.stat().st_size) != member.n_bytes:
+            reasons.append(f"{name} has {found} bytes, expected {member.n_bytes}")
+    return reasons
