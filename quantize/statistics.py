@@ -30,6 +30,8 @@ from dataclasses import dataclass
 
 import torch
 
+from quantize.products import linear
+
 _LEAST_PANEL, _PANELS = 128, 8
 _STEPS = 32767
 _MASKED = 1 << 22  # elements of a triangle's rows that are packed at a time
@@ -79,9 +81,11 @@ class SecondMoment:
         self.n_tokens += len(inputs)
         if not self.panels:
             self.squares += inputs.square().sum(0)
+            return
+        columns = inputs.T.contiguous()  # (K, n): both sides of a product have their sums along rows
         for number, panel in enumerate(self.panels):
-            rest = inputs[:, number * self.width :]
-            panel.addmm_(rest[:, : len(panel)].T, rest)
+            rest = columns[number * self.width :]
+            panel += linear(rest[: len(panel)], rest)
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the sums themselves, for a reduction over ranks."""

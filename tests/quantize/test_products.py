@@ -1,4 +1,4 @@
-"""Products against f64, by both libraries, at shapes around the panels' edges."""
+"""Products against f64, by both libraries."""
 
 import pytest
 import torch
@@ -29,18 +29,9 @@ def test_leading_dimensions_are_kept(library: str) -> None:
     torch.testing.assert_close(products.linear(x, weight), x @ weight.T)
 
 
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (17, 3), (40, 128), (33, 130), (64, 600), (9, 1025)])
-def test_the_gram_matrix_is_exact_to_f32_and_symmetric(library: str, n: int, k: int) -> None:
-    x = torch.randn(n, k, generator=torch.Generator().manual_seed(1))
-    exact = x.double().T @ x.double()
-    gram = products.gram(x)
-    assert (gram - exact).norm() <= 1e-6 * exact.norm()
-    assert torch.equal(gram, gram.T)
-
-
 def test_products_can_be_made_in_inference_mode(library: str) -> None:
     with torch.inference_mode():
-        assert products.gram(torch.randn(70, 300)).shape == (300, 300)
+        assert products.linear(torch.randn(70, 300), torch.randn(20, 300)).shape == (70, 20)
 
 
 def test_onednn_is_for_cpus() -> None:
