@@ -107,11 +107,7 @@ class ReferenceModel:
         `full_f32` and without gradients.
         """
         seen = observe if observe is not None else _unobserved
-        normed = self._norm(state, block["input_layernorm"])
-        seen(ATTENTION_INPUT, normed, 0)
-        mixed = self._attention(block, normed, lengths)
-        seen(ATTENTION_MIXED, mixed, 0)
-        state = state + linear(mixed, block["self_attn.o_proj"])
+        state = self._attention_residual(block, state, lengths, seen)
         starts = range(0, len(state), MLP_TOKENS)
         parts = zip(starts, torch.split(state, MLP_TOKENS), strict=True)
         return torch.cat([self._mlp_residual(block, part, start, seen) for start, part in parts])
@@ -143,11 +139,20 @@ class ReferenceModel:
         variance = state.square().mean(-1, keepdim=True)
         return gain * (state * torch.rsqrt(variance + self.config.rms_norm_eps))
 
+    def _attention_residual(
+        self, block: Block, state: torch.Tensor, lengths: Sequence[int], observe: Observe
+    ) -> torch.Tensor:
+        normed = self._norm(state, block["input_layernorm"])
+        observe(ATTENTION_INPUT, normed, 0)
+        mixed = self._attention(block, normed, lengths)
+        observe(ATTENTION_MIXED, mixed, 0)
+        return state + linear(mixed, block["self_attn.o_proj"])
+
     def _mlp_residual(self, block: Block, state: torch.Tensor, start: int, observe: Observe) -> torch.Tensor:
         normed = self._norm(state, block["post_attention_layernorm"])
         observe(MLP_INPUT, normed, start)
-        gate = functional.silu(linear(normed, block["mlp.gate_proj"]))
-        inner = gate * linear(normed, block["mlp.up_proj"])
+        inner = functional.silu(linear(normed, block["mlp.gate_proj"]))
+        inner *= linear(normed, block["mlp.up_proj"])
         observe(MLP_INNER, inner, start)
         return state + linear(inner, block["mlp.down_proj"])
 
