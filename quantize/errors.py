@@ -5,6 +5,7 @@
     ├── CheckpointError                   the source: missing, broken or of an unsupported kind
     ├── TokenizerError                    the tokenizer: missing, or not recognised
     ├── ImatrixError                      the imatrix: unreadable, or made from another model
+    ├── CorpusError                       the calibration text: unreadable, or too little of it
     ├── PlanError                         what was asked cannot be made from this checkpoint
     ├── OutputError                       the destination: exists, full, read-only
     ├── RuntimeMissingError               an optional runtime is not installed; names the install line
@@ -52,6 +53,10 @@ class TokenizerError(DscqError):
 
 class ImatrixError(DscqError):
     """The imatrix file cannot be read, holds what no imatrix can, or is that of another model."""
+
+
+class CorpusError(DscqError):
+    """The calibration text cannot be read, or there is too little of it; `reasons` holds every fault."""
 
 
 class PlanError(DscqError):
