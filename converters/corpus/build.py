@@ -1,10 +1,10 @@
 """`build_corpus`: which text becomes which row, until the budget of tokens is used up.
 
-The kinds are served in the order of how choosy they are: long rows, repository, infill, chat, and completion,
-which takes any text and so takes over what the others could not use. No text is in two rows, whatever their kind.
+The kinds are served in the order of how choosy they are: long rows, repository, infill, chat, and completion.
+That takes any text, and so takes over what the others could not use. No text is in two rows of whatever kind.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -73,7 +73,7 @@ def _checked_length(options: CorpusOptions, config: LlamaConfig) -> int:
         reasons.append(f"long length: found {options.long_length}, expected more than {TRAINED_REACH}")
     if min(shares.values()) < 0 or not sum(shares.values()):
         told = ", ".join(f"{kind} {share:g}" for kind, share in shares.items())
-        reasons.append(f"shares: found {told}; expected numbers of 0 or more, not all 0")
+        reasons.append(f"shares: found {told}; expected 0 or more, not all 0")
     if options.sources is not None and not options.sources:
         reasons.append("sources: none given")
     if reasons:
@@ -120,18 +120,19 @@ class _Builder:
         self.template = chat_template(self.tokenizer.vocabulary)
         self.projects = projects_of(self.texts.documents)
         self.queue = in_turns(self.texts.documents, self.options.seed)
-        self.used: set[str] = set()
+        self.used: set[int] = set()
         self.left = self.options.n_rows * self.length
 
     def rows(self) -> Iterator[TokenRow]:
         """Yield the rows of every kind, long ones first."""
         budget = self.left
         yield from self._charged(self._long())
-        for kind, make in (
-            ("repository", self._repository),
-            ("infill", self._infill),
-            ("chat", self._chat),
-        ):
+        makers: dict[Kind, Callable[[], Iterator[TokenRow]]] = {
+            "repository": self._repository,
+            "infill": self._infill,
+            "chat": self._chat,
+        }
+        for kind, make in makers.items():
             yield from self._filled(make(), round(budget * self.options.shares.of(kind)))
         rest = self.left if self.options.shares.completion else 0
         yield from self._filled(self._completion(), rest)
@@ -161,7 +162,7 @@ class _Builder:
 
     def _row(self, ids: Sequence[int], kind: Kind, documents: Sequence[Document]) -> TokenRow:
         """Make a row, and count its documents as used."""
-        self.used.update(document.file + document.path for document in documents)
+        self.used.update(map(id, documents))
         self.used_files.update(document.file for document in documents)
         source = (
             documents[0].name if len(documents) == 1 else f"{documents[0].name} and {len(documents) - 1} more"
@@ -169,7 +170,7 @@ class _Builder:
         return TokenRow(torch.tensor(ids, dtype=torch.int64), kind, source)
 
     def _unused(self) -> Iterator[Document]:
-        return (d for d in self.queue if d.file + d.path not in self.used)
+        return (d for d in self.queue if id(d) not in self.used)
 
     def _long(self) -> Iterator[TokenRow]:
         """Rows past position 4096: of a project's files and of a long document, in turns."""
@@ -231,7 +232,7 @@ class _Builder:
                 yield self._row(row.ids, "repository", row.documents)
 
     def _open(self, name: str) -> list[Document]:
-        return [d for d in self.projects[name] if d.file + d.path not in self.used]
+        return [d for d in self.projects[name] if id(d) not in self.used]
 
     def _infill(self) -> Iterator[TokenRow]:
         if not self.options.shares.infill:

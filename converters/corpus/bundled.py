@@ -1,8 +1,8 @@
 """The corpus that comes with dscq: source code in many languages, prose, and questions with answers.
 
-`data/corpus/` holds whole files of permissively licensed projects, packed by `scripts/make_corpus` from pinned
-packages, and conversations written for this project. `manifest.json` names every file's project, licence and
-SHA-256, `LICENCES.txt` has the licences' texts.
+`data/corpus/` holds whole files of permissively licensed projects, packed by `scripts/make_corpus` from
+pinned packages, and conversations written for this project. `manifest.json` names every file's project,
+licence and SHA-256, `LICENCES.txt` has the licences' texts.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _OWN_LICENCE: Final = "Apache-2.0"
 
 @cache
 def bundled_texts() -> Texts:
-    """Return the built-in corpus. Raises CorpusError when the installed files are not those of its manifest."""
+    """Return the built-in corpus. Raises CorpusError when its files are not those of its manifest."""
     manifest = json.loads(_bytes("manifest.json"))
     documents = tuple(map(_document, lzma.decompress(_bytes("text.jsonl.xz")).decode("utf-8").splitlines()))
     digests = {_digest(document.text.encode()) for document in documents}

@@ -26,7 +26,7 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 
 def chat_template(vocabulary: Vocabulary) -> jinja2.Template | None:
-    """Compile the model's template; None where it has none, as base models. Raises CorpusError if it is wrong."""
+    """Compile the model's template; None where it has none. Raises CorpusError if it is wrong."""
     if vocabulary.chat_template is None:
         return None
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(

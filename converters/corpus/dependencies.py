@@ -2,13 +2,14 @@
 
 The statements that import are found with one expression per language, and what they name is looked up among
 the project's own files; anything else is no dependency. Where files see each other without a statement (one
-package of Java, one module of Swift, Kotlin or C#), a file needs those whose names it mentions. That is as much as
-the repository-level training data of DeepSeek Coder rests on (arXiv 2401.14196, section 2.2).
+package of Java, one module of Swift, Kotlin or C#), a file needs those whose names it mentions. That is as
+much as the repository-level training data of DeepSeek Coder rests on (arXiv 2401.14196, section 2.2).
 """
 
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from heapq import heapify, heappop, heappush
 from typing import Final
 
 _PYTHON: Final = re.compile(
@@ -22,7 +23,7 @@ _RUST: Final = re.compile(
 )
 _GO: Final = re.compile(r'^[ \t]*(?:import[ \t]+)?(?:[\w.]+[ \t]+)?"([\w./-]+)"[ \t]*$', re.M)
 _QUOTED: Final = re.compile(
-    r"""\b(?:require|require_relative|require_once|include|include_once|source|@import|@use)\b[^"'\n]*["']([^"'\n]+)["']"""
+    r"""(?<!\w)(?:require|require_relative|require_once|include|include_once|source|@import|@use)\b[^"'\n]*["']([^"'\n]+)["']"""
 )
 _WORD: Final = re.compile(r"\b[A-Z]\w+")
 _SCRIPT_ENDS: Final = (
@@ -38,23 +39,40 @@ _SCRIPT_ENDS: Final = (
     "/index.js",
 )
 
-Paths = Mapping[str, str]
+
+class ProjectFiles:
+    """A project's files (path -> text), findable by name, stem and folder."""
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        self.texts = texts
+        self.by_name = _grouped((posixpath.basename(path), path) for path in texts)
+        self.by_stem = _grouped((posixpath.splitext(posixpath.basename(path))[0], path) for path in texts)
+        self.by_folder = _grouped((posixpath.basename(posixpath.dirname(path)), path) for path in texts)
 
 
-def needed_by(path: str, files: Paths) -> list[str]:
-    """Return the paths of the project's files that `path` needs, sorted; `files` maps path to text."""
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for key, path in pairs:
+        groups.setdefault(key, []).append(path)
+    return groups
+
+
+def needed_by(path: str, files: ProjectFiles) -> list[str]:
+    """Return the paths of the project's files that `path` needs, sorted."""
     finder = _FINDERS.get(posixpath.splitext(path)[1].lower())
-    found = set(finder(path, files[path], files)) if finder else set()
+    found = set(finder(path, files.texts[path], files)) if finder else set()
     return sorted(found - {path})
 
 
-def dependency_order(files: Paths) -> list[list[str]]:
+def dependency_order(texts: Mapping[str, str]) -> list[list[str]]:
     """Return the groups of files that hang together, each with what is needed before what needs it.
 
-    Again and again the file with the fewest needs that are still open comes next, so a circle is cut at its
-    least bound file (the paper's algorithm). Ties go by path; groups by their first path.
+    `texts` maps path to text. Again and again the file with the fewest needs that are still open comes next,
+    so a circle is cut at its least bound file (the paper's algorithm). Ties go by path; groups by their first
+    path.
     """
-    needs = {path: set(needed_by(path, files)) for path in sorted(files)}
+    files = ProjectFiles(texts)
+    needs = {path: set(needed_by(path, files)) for path in sorted(texts)}
     return [_ordered(group, needs) for group in _groups(needs)]
 
 
@@ -77,15 +95,25 @@ def _groups(needs: Mapping[str, set[str]]) -> Iterator[list[str]]:
 
 
 def _ordered(group: Sequence[str], needs: Mapping[str, set[str]]) -> list[str]:
-    waiting, order = set(group), list[str]()
-    while waiting:
-        path = min(waiting, key=lambda p: (len(needs[p] & waiting), p))
+    wanted_by = _grouped((needed, path) for path in group for needed in needs[path])
+    n_open = {path: len(needs[path]) for path in group}
+    heap = [(count, path) for path, count in n_open.items()]
+    heapify(heap)
+    order = list[str]()
+    while heap:
+        count, path = heappop(heap)
+        if n_open.get(path) != count:
+            continue  # an older entry, or a file that stands already
         order.append(path)
-        waiting.remove(path)
+        del n_open[path]
+        for other in wanted_by.get(path, ()):
+            if other in n_open:
+                n_open[other] -= 1
+                heappush(heap, (n_open[other], other))
     return order
 
 
-def _python(path: str, text: str, files: Paths) -> Iterator[str]:
+def _python(path: str, text: str, files: ProjectFiles) -> Iterator[str]:
     folder = posixpath.dirname(path)
     for base, names, plain in _PYTHON.findall(text):
         modules = [module.split()[0] for module in plain.split(",") if module.split()] if plain else [base]
@@ -102,20 +130,20 @@ def _python(path: str, text: str, files: Paths) -> Iterator[str]:
                 yield from _at(home, ends, files) if dots else _ending(ends, files)
 
 
-def _script(path: str, text: str, files: Paths) -> Iterator[str]:
+def _script(path: str, text: str, files: ProjectFiles) -> Iterator[str]:
     for target in _SCRIPT.findall(text):
         stem = posixpath.splitext(target)[0] if target.endswith((".js", ".mjs")) else target
         names = [name + end for name in (target, stem) for end in _SCRIPT_ENDS]
         yield from list(_at(posixpath.dirname(path), names, files))[:1]
 
 
-def _include(path: str, text: str, files: Paths) -> Iterator[str]:
+def _include(path: str, text: str, files: ProjectFiles) -> Iterator[str]:
     for target in _INCLUDE.findall(text):
         beside = list(_at(posixpath.dirname(path), (target,), files))
         yield from beside or _ending((target,), files)
 
 
-def _rust(path: str, text: str, files: Paths) -> Iterator[str]:
+def _rust(path: str, text: str, files: ProjectFiles) -> Iterator[str]:
     folder, stem = posixpath.split(posixpath.splitext(path)[0])
     home = folder if stem in ("mod", "lib", "main") else posixpath.join(folder, stem)
     for module, used in _RUST.findall(text):
@@ -127,16 +155,14 @@ def _rust(path: str, text: str, files: Paths) -> Iterator[str]:
             yield from _ending((f"{stem_path}.rs", f"{stem_path}/mod.rs"), files)
 
 
-def _go(path: str, text: str, files: Paths) -> Iterator[str]:
+def _go(path: str, text: str, files: ProjectFiles) -> Iterator[str]:
     """Go imports folders: every file of the folder is needed."""
     for target in _GO.findall(text):
-        last = posixpath.basename(target)
-        yield from (
-            p for p in files if posixpath.basename(posixpath.dirname(p)) == last and p.endswith(".go")
-        )
+        beside = files.by_folder.get(posixpath.basename(target), ())
+        yield from (other for other in beside if other.endswith(".go"))
 
 
-def _quoted(path: str, text: str, files: Paths) -> Iterator[str]:
+def _quoted(path: str, text: str, files: ProjectFiles) -> Iterator[str]:
     suffix = posixpath.splitext(path)[1]
     for target in _QUOTED.findall(text):
         folder, name = posixpath.split(target)
@@ -144,28 +170,28 @@ def _quoted(path: str, text: str, files: Paths) -> Iterator[str]:
         yield from _at(posixpath.dirname(path), names, files)
 
 
-def _named(path: str, text: str, files: Paths) -> Iterator[str]:
+def _named(path: str, text: str, files: ProjectFiles) -> Iterator[str]:
     suffix = posixpath.splitext(path)[1]
-    words = set(_WORD.findall(text))
-    yield from (
-        p for p in files if p.endswith(suffix) and posixpath.splitext(posixpath.basename(p))[0] in words
-    )
+    for word in set(_WORD.findall(text)):
+        yield from (other for other in files.by_stem.get(word, ()) if other.endswith(suffix))
 
 
-def _at(folder: str, names: Sequence[str], files: Paths) -> Iterator[str]:
+def _at(folder: str, names: Sequence[str], files: ProjectFiles) -> Iterator[str]:
     """Yield those of the names, taken from the folder on, that are files of the project."""
     for name in names:
         path = posixpath.normpath(posixpath.join(folder, name))
-        if path in files:
+        if path in files.texts:
             yield path
 
 
-def _ending(names: Sequence[str], files: Paths) -> Iterator[str]:
+def _ending(names: Sequence[str], files: ProjectFiles) -> Iterator[str]:
     """Yield the files whose paths end with one of the names."""
-    yield from (path for path in files if path in names or path.endswith(tuple(f"/{name}" for name in names)))
+    for name in names:
+        candidates = files.by_name.get(posixpath.basename(name), ())
+        yield from (path for path in candidates if path == name or path.endswith(f"/{name}"))
 
 
-_FINDERS: Final[Mapping[str, Callable[[str, str, Paths], Iterator[str]]]] = {
+_FINDERS: Final[Mapping[str, Callable[[str, str, ProjectFiles], Iterator[str]]]] = {
     **dict.fromkeys((".py", ".pyi"), _python),
     **dict.fromkeys((".js", ".mjs", ".cjs", ".jsx", ".ts", ".tsx", ".mts", ".vue"), _script),
     **dict.fromkeys((".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".hh", ".cu", ".cuh", ".m", ".mm"), _include),

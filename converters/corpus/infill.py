@@ -7,7 +7,6 @@ model with other marks gets its own. EOS here is the end of sentence that ended 
 also in the instruct models, whose own EOS is `<|EOT|>`.
 """
 
-import re
 from dataclasses import dataclass
 
 from converters.corpus.order import Draws
@@ -18,6 +17,7 @@ from converters.tokenizer import CheckpointTokenizer
 from converters.vocabulary import Vocabulary
 
 _MOST_MIDDLE = 800  # characters: about twenty lines, more than editors take over at once
+_WHOLE_LINES, _TO_LINE_END = (0, 1), (2, 3)  # of five ways to cut
 _MARKS = 8  # room for BOS, the marks, EOS, and a token more at each cut
 
 
@@ -42,14 +42,19 @@ def cut_hole(text: str, draws: Draws) -> Hole:
     """
     way = draws.below(5)
     start = draws.below(len(text))
-    most = min(_MOST_MIDDLE, max(len(text) // 3, 1))
-    end = min(len(text), start + draws.between(1, most))
-    if way < 2:
+    end = min(len(text), start + draws.between(1, min(_MOST_MIDDLE, max(len(text) // 3, 1))))
+    if way in _WHOLE_LINES:
         start = text.rfind("\n", 0, start) + 1
-    if way < 4:
-        line_end = re.compile(r"\n|\Z").search(text, start if way >= 2 else end)
-        end = line_end.end() if way < 2 and line_end else line_end.start() if line_end else end
+        end = _line_end(text, end - 1) + 1
+    elif way in _TO_LINE_END:
+        end = _line_end(text, start + 1)
     return Hole(text[:start], text[start:end], text[end:])
+
+
+def _line_end(text: str, start: int) -> int:
+    """Where the line that holds `start` ends: at its line break, or at the text's end."""
+    found = text.find("\n", start)
+    return len(text) if found < 0 else found
 
 
 def infill_ids(tokenizer: CheckpointTokenizer, hole: Hole) -> list[int]:
@@ -76,7 +81,7 @@ def infill_row(tokenizer: CheckpointTokenizer, text: str, limit: int, draws: Dra
 
     The window begins at a line's beginning and is between a quarter of the limit and the limit long.
     """
-    wanted = draws.between(max(limit // 4, min(SHORTEST, limit)), limit) - _MARKS
+    wanted = draws.between(max(limit // 4, min(SHORTEST + _MARKS, limit)), limit) - _MARKS
     start = text.rfind("\n", 0, draws.below(max(len(text) - 3 * wanted, 1))) + 1
     for room in (wanted, wanted - _MARKS, wanted // 2):
         window = head_of(tokenizer, text[start:], room)

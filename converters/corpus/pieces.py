@@ -14,7 +14,7 @@ def head_of(tokenizer: CheckpointTokenizer, text: str, limit: int) -> str:
     """
     head = text[: max(limit, 0) * _CHARS_PER_TOKEN]
     # The head is encoded again: in rare vocabularies a cut changes the tokens before it.
-    for room in range(limit, 0, -1):
+    for room in range(limit, -1, -1):
         encoding = tokenizer.running.encode(head, add_special_tokens=False)
         if len(encoding.ids) <= limit:
             return head

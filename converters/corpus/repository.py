@@ -1,7 +1,7 @@
 """Rows of several files of one project, as an editor fills the context around the file being written.
 
 Before each file stands its path, `#path/to/file`, the form that DeepSeek Coder's README shows and its
-repository-level training used; what a file needs stands before it. The last file is cut where the row is full.
+repository-level training used; what a file needs stands before it. The last file is cut where the row ends.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -49,7 +49,7 @@ class CorpusOptions:
     `sources`: None for the built-in corpus, else files, folders, or ids of the hub's datasets. The budget is
     `n_rows` x `length` tokens. Rows keep the length of their text, at most `length`, so there may be more
     rows than `n_rows`. `length` None means 2048, or the context where that is shorter. Up to `n_long` rows of
-    up to `long_length` tokens pass position 4096, where the context reaches that far; they count in the budget.
+    up to `long_length` tokens pass position 4096, where the context reaches so far; they count in the budget.
     """
 
     sources: tuple[str, ...] | None = None

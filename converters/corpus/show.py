@@ -11,8 +11,8 @@ def show_rows(
 ) -> Iterator[str]:
     """Yield the lines for `n_rows` rows, the kinds in turns (None: all rows, in the corpus's order).
 
-    Each row is a heading with number, kind, tokens and source, the ids if wanted, and the decoded text, special
-    tokens as they are written. The heading's number is the row's place in the corpus, from 1.
+    Each row is a heading with number, kind, tokens and source, the ids if wanted, and the decoded text with
+    special tokens as they are written. The heading's number is the row's place in the corpus, from 1.
     """
     numbered = list(enumerate(corpus.rows, 1))
     for number, row in numbered if n_rows is None else _in_turns(numbered)[:n_rows]:

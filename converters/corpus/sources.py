@@ -6,13 +6,15 @@ of dependencies and builds, links, files over 1 MiB, and what is not UTF-8 text;
 """
 
 import hashlib
+import importlib
 import importlib.util
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from converters.corpus.order import shuffled
 from converters.corpus.records import Records, read_records, sort_records
@@ -27,6 +29,7 @@ _LONGEST_LINE: Final = 10_000  # longer ones are minified code or data
 _SKIPPED_FOLDERS: Final = frozenset(
     {"node_modules", "__pycache__", "build", "dist", "target", "venv", "site-packages"}
 )
+_Record = TypeVar("_Record")
 _DATASET_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGES: Final = {".parquet": "pyarrow", "dataset": "datasets"}
 _COLUMNS: Final = ("text", "content", "instruction", "input", "output", "messages", "path")
@@ -36,7 +39,7 @@ def read_sources(names: Sequence[str]) -> Texts:
     """Return the text of all sources.
 
     Raises UsageError for what does not exist or needs a package that is not installed (with the install
-    line), CorpusError for records that cannot be read or when there is no text at all; each with every reason.
+    line), CorpusError for records that cannot be read or no text at all; each with every reason.
     """
     kinds = {name: _kind(name) for name in names}
     _refuse(kinds)
@@ -113,8 +116,9 @@ def _folder(name: str) -> Texts:
     documents, records, n_bytes = list[Document](), dict[str, FileRecord](), 0
     for relative in shuffled((str(p.relative_to(root).as_posix()) for p in _walk(root, skipped)), seed=0):
         data = _data(root / relative)
-        text = _text(data, skipped) if n_bytes < MOST_BYTES else skipped.add("beyond the bound on text")
-        if text is not None:
+        if n_bytes >= MOST_BYTES:
+            skipped.add("beyond the first 64 MiB")
+        elif (text := _text(data, skipped)) is not None:
             n_bytes += len(data)
             records[f"{name}: {relative}"] = _record(f"{name}: {relative}", data)
             language = language_of(relative)
@@ -173,50 +177,79 @@ def _file(name: str) -> Texts:
 
 
 def _jsonl(name: str) -> Texts:
-    data = _data(Path(name))
-    text = _decoded(data)
-    if text is None:
-        raise CorpusError(f"{name}: not UTF-8 text")
-    # Not splitlines: a record may hold U+2028, which is no line end in JSON.
-    return _of_records(name, read_records(text.split("\n"), name), _record(name, data))
+    bounded = _Bounded(name)
+    try:
+        with Path(name).open(encoding="utf-8-sig", newline="\n") as lines:
+            records = read_records(bounded.of(lines), name)
+    except UnicodeDecodeError:
+        raise CorpusError(f"{name}: not UTF-8 text") from None
+    except OSError as error:
+        raise CorpusError(f"{name}: cannot be read: {error.strerror or error}") from None
+    return _of_records(name, records, _file_digest(name), bounded)
 
 
 def _parquet(name: str) -> Texts:
-    """Read the columns that records are known by, row after row, up to the bound on bytes."""
-    pyarrow: Any = importlib.import_module("pyarrow.parquet")
-    data = _data(Path(name))
+    """Read the columns that records are known by, row after row."""
+    parquet: Any = importlib.import_module("pyarrow.parquet")
+    bounded = _Bounded(name)
     try:
-        table = pyarrow.ParquetFile(name)
+        table = parquet.ParquetFile(name)
         columns = [column for column in table.schema_arrow.names if column in _COLUMNS]
-        rows = [row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist()]
+        batches = table.iter_batches(columns=columns)
+        rows = list(bounded.of(row for batch in batches for row in batch.to_pylist()))
     # pyarrow's errors derive from ValueError, OSError and its own class alike.
     except Exception as error:
         raise CorpusError(f"{name}: not a Parquet file that can be read: {error}") from None
-    return _of_records(name, sort_records(enumerate(rows, 1), name), _record(name, data))
+    records = sort_records(enumerate(map(_present, rows), 1), name)
+    return _of_records(name, records, _file_digest(name), bounded)
 
 
 def _dataset(name: str) -> Texts:
-    """Read the training split of a dataset of the hub as a stream, up to the bound on bytes."""
+    """Read the training split of a dataset of the hub as a stream; its digest is that of the rows read."""
     datasets: Any = importlib.import_module("datasets")
-    rows, n_bytes, digest = list[Any](), 0, hashlib.sha256()
+    bounded, digest = _Bounded(name), hashlib.sha256()
     try:
-        for row in datasets.load_dataset(name, split="train", streaming=True):
-            kept = {column: row[column] for column in _COLUMNS if row.get(column) is not None}
-            line = repr(sorted(kept.items())).encode()
-            digest.update(line)
-            n_bytes += len(line)
-            rows.append(kept)
-            if n_bytes > MOST_BYTES:
-                break
+        stream = datasets.load_dataset(name, split="train", streaming=True)
+        rows = list(bounded.of({c: row[c] for c in _COLUMNS if c in row} for row in stream))
     # A network, a hub and a parser are behind this call; each has errors of its own.
     except Exception as error:
         raise CorpusError(f"{name}: the dataset cannot be read: {error}") from None
-    record = FileRecord(name, digest.hexdigest(), _UNSTATED)
-    return _of_records(name, sort_records(enumerate(rows, 1), name), record)
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    records = sort_records(enumerate(map(_present, rows), 1), name)
+    return _of_records(name, records, digest.hexdigest(), bounded)
 
 
-def _of_records(name: str, records: Records, record: FileRecord) -> Texts:
-    return Texts(name, records.documents, records.conversations, {name: record})
+class _Bounded:
+    """Passes records on until they hold `MOST_BYTES` of text, and can say that it stopped."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.notes: tuple[str, ...] = ()
+
+    def of(self, records: Iterable[_Record]) -> Iterator[_Record]:
+        n_bytes = 0
+        for number, record in enumerate(records):
+            if n_bytes >= MOST_BYTES:
+                self.notes = (f"{self._name}: only the first {number:,} records are used",)
+                return
+            n_bytes += len(str(record))
+            yield record
+
+
+def _present(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A table's row without its empty cells."""
+    return {column: value for column, value in row.items() if value is not None}
+
+
+def _of_records(name: str, records: Records, digest: str, bounded: _Bounded) -> Texts:
+    files = {name: FileRecord(name, digest, _UNSTATED)}
+    return Texts(name, records.documents, records.conversations, files, bounded.notes)
+
+
+def _file_digest(name: str) -> str:
+    with Path(name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _data(path: Path) -> bytes:
