@@ -45,7 +45,7 @@ def build_corpus(tokenizer: CheckpointTokenizer, config: LlamaConfig, options: C
     builder = _Builder(tokenizer, config, options, texts, length)
     rows = tuple(builder.rows())
     if not rows:
-        raise CorpusError(*builder.too_little())
+        raise CorpusError(builder.too_little(), reasons=builder.notes)
     budget = options.n_rows * length
     n_tokens = sum(len(row.ids) for row in rows)
     if n_tokens < budget * 9 // 10:
@@ -137,14 +137,20 @@ class _Builder:
         rest = self.left if self.options.shares.completion else 0
         yield from self._filled(self._completion(), rest)
 
-    def too_little(self) -> tuple[str]:
+    def too_little(self) -> str:
         """The message of a corpus without a row."""
+        if not self.texts.documents:
+            return (
+                "the text is conversations only, and no row can be made of them: give it source code as well"
+            )
+        # A count of the first documents is enough: had they held a row, there would be one.
         n_tokens = sum(len(self.tokenizer.encode(d.text, add_bos=False)) for d in self.texts.documents[:64])
-        if self.texts.documents:
-            return (f"too little text for a row: found {n_tokens} tokens, a row has {SHORTEST} at least",)
-        return (
-            "the text is conversations only, and the model has no chat template: give it source code as well",
-        )
+        return f"no row can be made of the text: found {n_tokens} tokens, a row has {SHORTEST} at least"
+
+    def _without(self, kind: Kind, cause: str) -> None:
+        """Note that there are no rows of a kind, and who gets their share."""
+        heir = "completion" if self.options.shares.completion else "nobody, as completion has none"
+        self.notes.append(f"no {kind} rows: {cause}; their share goes to {heir}")
 
     def _filled(self, rows: Iterator[TokenRow], share: int) -> Iterator[TokenRow]:
         """Yield rows until a share is used up; the last may pass it by less than half of itself."""
@@ -209,6 +215,8 @@ class _Builder:
                     break
 
     def _long_document(self, limit: int) -> Iterator[TokenRow]:
+        if not self.options.shares.completion:
+            return
         for document in sorted(self._unused(), key=lambda d: -len(d.text)):
             ids = self._whole(document.text, limit)
             if len(ids) <= TRAINED_REACH:
@@ -222,9 +230,7 @@ class _Builder:
             for name in shuffled(self.projects, self.options.seed)
         ]
         if not open_projects and self.options.shares.repository:
-            self.notes.append(
-                "no repository rows: no source is a folder of files; their share goes to completion"
-            )
+            self._without("repository", "no source is a folder of several files")
         while open_projects:
             maker = open_projects.pop(0)
             if (row := next(maker, None)) is not None:
@@ -238,9 +244,7 @@ class _Builder:
         if not self.options.shares.infill:
             return
         if not has_marks(self.tokenizer.vocabulary):
-            self.notes.append(
-                "no infill rows: the model has no marks for them; their share goes to completion"
-            )
+            self._without("infill", "the model has no marks for them")
             return
         for document in list(self._unused()):
             draws = Draws(self.options.seed, f"infill/{document.name}")
@@ -255,7 +259,7 @@ class _Builder:
             cause = (
                 "the model has no chat template" if self.template is None else "the text has no conversations"
             )
-            self.notes.append(f"no chat rows: {cause}; their share goes to completion")
+            self._without("chat", cause)
             return
         by_name = {conversation.name: conversation for conversation in self.texts.conversations}
         for name in shuffled(by_name, self.options.seed):

@@ -171,7 +171,7 @@ def test_too_little_text_is_fewer_rows_and_a_note(build: Build, tmp_path: Path) 
 def test_no_row_at_all_is_an_error(build: Build, tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x = 1\n")
     with pytest.raises(
-        CorpusError, match=r"too little text for a row: found \d+ tokens, a row has 32 at least"
+        CorpusError, match=r"no row can be made of the text: found \d+ tokens, a row has 32 at least"
     ):
         build(tmp_path / "a.py")
 
@@ -193,3 +193,15 @@ def test_only_one_kind_when_the_other_shares_are_zero(build: Build) -> None:
 def test_another_seed_gives_other_rows(build: Build) -> None:
     digests = {build(n_rows=8, seed=seed).identity["ids_sha256"] for seed in (0, 0, 1)}
     assert len(digests) == 2
+
+
+def test_no_share_for_anything_that_the_model_has_is_an_error(demo: Model) -> None:
+    tokenizer, config = demo
+    bare = replace(tokenizer, vocabulary=replace(tokenizer.vocabulary, fim_middle=None))
+    shares = Shares(completion=0, infill=1, repository=0, chat=0)
+    with pytest.raises(CorpusError, match="no row can be made of the text") as error:
+        build_corpus(bare, config, CorpusOptions(n_rows=8, n_long=0, shares=shares))
+    told = (
+        "no infill rows: the model has no marks for them; their share goes to nobody, as completion has none"
+    )
+    assert error.value.reasons == (told,)
