@@ -7,6 +7,7 @@
     ├── ImatrixError                      the imatrix: unreadable, or made from another model
     ├── CalibrationError                  the calibration met activations that are not finite
     ├── ArchiveError                      the statistics archive: damaged, of another model or another run
+    ├── CorpusError                       the calibration text: unreadable, or too little of it
     ├── PlanError                         what was asked cannot be made from this checkpoint
     ├── OutputError                       the destination: exists, full, read-only
     ├── RuntimeMissingError               an optional runtime is not installed; names the install line
@@ -62,6 +63,10 @@ class CalibrationError(DscqError):
 
 class ArchiveError(DscqError):
     """A statistics archive is damaged, of another version, model or run; `reasons` holds every one."""
+
+
+class CorpusError(DscqError):
+    """The calibration text cannot be read, or there is too little of it; `reasons` holds every fault."""
 
 
 class PlanError(DscqError):
