@@ -7,7 +7,6 @@ Nothing heavy is imported before a command runs, so `dscq --help` and shell comp
 
 import signal
 import sys
-from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -16,34 +15,21 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import get_completion_class
 
-from converters import commands
+from converters import calibration, commands
+from converters.options import (
+    EXISTING_FILE,
+    EXISTING_FOLDER,
+    OUTPUT_OPTIONS,
+    PROOF_OPTIONS,
+    ROW_OPTIONS,
+    SOURCE_OPTIONS,
+    TYPE_OPTIONS,
+    Size,
+)
 from converters.terminal import Terminal
 from quantize.errors import DscqError
 
 INTERRUPTED = 130
-SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-
-Command = Callable[..., None]
-
-
-class Size(click.ParamType[int]):
-    """A number of bytes: 4000000000, 4G (10^9), 4GiB (2^30)."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number of bytes that the text names."""
-        text = str(value).strip().upper().removesuffix("B")
-        number = text.rstrip("KMGI")
-        try:
-            size = int(float(number) * SIZE_UNITS[text[len(number) :].strip()])
-        except (ValueError, KeyError):
-            self.fail(f"{value!r} is not a size; write 4000000000, 4G or 4GiB", param, ctx)
-        if size <= 0:
-            self.fail(f"{value!r} is not a positive size", param, ctx)
-        return size
 
 
 def known_targets(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -54,63 +40,6 @@ def known_targets(_context: click.Context, _parameter: click.Parameter, incomple
     return [name for name in names if name.lower().startswith(incomplete.lower())]
 
 
-def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Return one decorator that applies several."""
-
-    def apply(function: Command) -> Command:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return apply
-
-
-SOURCE_OPTIONS = options(
-    click.option("--revision", help="Branch, tag or commit of a hub id."),
-    click.option("--lora", type=EXISTING_FOLDER, help="A PEFT LoRA adapter folder to merge while streaming."),
-    click.option(
-        "--low-disk", is_flag=True, help="Hub id: download shard by shard, delete what has been used."
-    ),
-    click.option(
-        "--eos",
-        type=click.Choice(["model", "completion"]),
-        default="model",
-        show_default=True,
-        help="Stop at the model's own EOS; or at end of sentence: completing code with an instruct model.",
-    ),
-)
-TYPE_OPTIONS = options(
-    click.option(
-        "--imatrix", type=EXISTING_FILE, help="Importances of the columns, from llama-imatrix: .gguf or .dat."
-    ),
-    click.option(
-        "--tensor-type",
-        "tensor_types",
-        multiple=True,
-        metavar="PATTERN=TYPE",
-        help="Another type for tensors whose GGUF name the regular expression matches; the first counts.",
-    ),
-    click.option("--output-tensor-type", metavar="TYPE", help="The type of output.weight."),
-    click.option("--token-embedding-type", metavar="TYPE", help="The type of token_embd.weight."),
-    click.option("--pure", is_flag=True, help="No mix: the recipe's default type for every matrix."),
-)
-PROOF_OPTIONS = options(
-    click.option("--require-proof", is_flag=True, help="Exit 3 where the runtime is not installed."),
-    click.option(
-        "--probe-tokens",
-        type=click.IntRange(min=64),
-        help="Size of the probe text; default: about 6000, one row of which passes position 4096.",
-    ),
-    click.option("--llama-lib", type=EXISTING_FILE, help="Another libllama than the wheel's."),
-    click.option("--device", help="Where the reference forward runs: cpu (the default), cuda, cuda:1."),
-)
-OUTPUT_OPTIONS = options(
-    click.option("--threads", type=click.IntRange(min=1), help="Worker threads; default: the cores at hand."),
-    click.option("--quiet", "-q", is_flag=True, help="Only results and errors."),
-    click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output."),
-)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="dscq", prog_name="dscq")
 def dscq() -> None:
@@ -118,6 +47,7 @@ def dscq() -> None:
 
     \b
       dscq convert deepseek-ai/deepseek-coder-6.7b-instruct --to gguf:Q8_0 -o out/
+      dscq calibrate ./model -o stats/
       dscq verify out/deepseek-coder-6.7b-instruct-Q8_0.gguf --reference ./model
       dscq inspect out/deepseek-coder-6.7b-instruct-Q8_0.gguf
     """
@@ -153,8 +83,48 @@ def convert(quiet: bool, as_json: bool, **chosen: Any) -> None:
       dscq convert ./my-finetune --lora ./adapter --to gguf:Q8_0 --split-max-size 4G --name my-coder
       dscq convert ./model --to gguf:Q4_K_M --tensor-type 'ffn_down=Q6_K' --dry-run
       dscq convert ./model --to gguf:IQ2_M --imatrix imatrix.gguf
+      dscq convert ./model --to gguf:Q3_K_M --to gguf:IQ2_XS --stats stats/
     """
     commands.convert(Terminal(quiet, as_json), commands.ConvertChoices(**chosen))
+
+
+@dscq.command()
+@click.argument("source", type=click.Path())
+@click.option("--output", "-o", type=click.Path(path_type=Path), default=Path("stats"), show_default=True)
+@click.option("--diagonal-only", is_flag=True, help="Only what an imatrix needs: a small archive.")
+@click.option(
+    "--add", type=EXISTING_FOLDER, help="Another archive of this model, to be added to the new one."
+)
+@click.option("--fresh", is_flag=True, help="Start over, in place of going on with an interrupted run.")
+@click.option(
+    "--on-nonfinite",
+    type=click.Choice(["stop", "drop"]),
+    default="stop",
+    show_default=True,
+    help="Rows whose activations are not finite numbers: stop, or leave them out.",
+)
+@click.option(
+    "--imatrix-out",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Write the diagonals as llama.cpp's imatrix too: .gguf or .dat.",
+)
+@click.option("--device", help="Where the forward runs: cpu (the default), cuda, cuda:1.")
+@ROW_OPTIONS
+@SOURCE_OPTIONS
+@OUTPUT_OPTIONS
+def calibrate(quiet: bool, as_json: bool, **chosen: Any) -> None:
+    """Gather the statistics of SOURCE's activations, once: any format and size is made from them.
+
+    \b
+    Examples:
+      dscq calibrate ./model -o stats/
+      dscq calibrate ./model --text ./src --rows 512 --length 2048 -o stats/
+      dscq calibrate ./model --show-rows
+      torchrun --nproc-per-node 4 -m converters.cli calibrate ./model -o stats/
+    """
+    terminal = Terminal(quiet or calibration.rank() > 0, as_json)
+    calibration.calibrate(terminal, calibration.CalibrateChoices(**chosen))
 
 
 @dscq.command()

@@ -4,38 +4,28 @@ The choices are the options of `converters.cli` word for word. Everything heavy 
 commands, so that `--help` stays quick.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from converters.choices import OpenChoices, opened
 from converters.terminal import Terminal
 from quantize.errors import UsageError
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
+    from converters.imatrix import Importances
     from converters.plan import ConvertOptions, Plan, Written
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceChoices:
+class SourceChoices(OpenChoices):
     """How a checkpoint is opened, and how a file made of it is proven: what two commands share."""
 
-    revision: str | None
-    lora: Path | None
-    low_disk: bool
-    eos: Literal["model", "completion"]
     require_proof: bool
     probe_tokens: int | None
     llama_lib: Path | None
-    device: str | None
-    threads: int | None
-
-    @property
-    def n_threads(self) -> int:
-        """Worker threads: as asked, or the cores at hand."""
-        return self.threads or available_cores()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +41,9 @@ class ConvertChoices(SourceChoices):
     force: bool
     no_proof: bool
     imatrix: Path | None
+    stats: Path | None
+    calibrate: bool
+    rounding: Literal["plain", "weighted"] | None
     tensor_types: tuple[str, ...]
     output_tensor_type: str | None
     token_embedding_type: str | None
@@ -74,8 +67,8 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     _refuse_contradictions(choices)
     requests = [parse_request(text) for text in choices.targets]
     options = _convert_options(choices)
-    checkpoint = _open(terminal, choices, choices.source, choices.name, headers_only=choices.dry_run)
-    options = _with_importances(options, choices.imatrix, checkpoint)
+    checkpoint = opened(terminal, choices, choices.source, choices.name, headers_only=choices.dry_run)
+    options = replace(options, importances=_importances(terminal, choices, checkpoint))
     plans = plan_exports(checkpoint, requests, options)
     for plan in plans:
         _say_plan(terminal, plan)
@@ -114,14 +107,22 @@ def _convert_options(choices: ConvertChoices) -> "ConvertOptions":
     )
 
 
-def _with_importances(
-    options: "ConvertOptions", imatrix: Path | None, checkpoint: "Checkpoint"
-) -> "ConvertOptions":
-    if imatrix is None:
-        return options
+def _importances(
+    terminal: Terminal, choices: ConvertChoices, checkpoint: "Checkpoint"
+) -> "Importances | None":
+    """Return what the searches are weighed with, from wherever the user said; None to round plainly."""
+    from converters.calibration import archived_importances, calibrated_importances
     from converters.imatrix import read_importances
 
-    return replace(options, importances=read_importances(imatrix, checkpoint.config))
+    if choices.rounding == "plain":
+        return None
+    if choices.imatrix is not None:
+        return read_importances(choices.imatrix, checkpoint.config)
+    if choices.stats is not None:
+        return archived_importances(choices.stats, checkpoint)
+    return (
+        calibrated_importances(terminal, checkpoint, choices, choices.output) if choices.calibrate else None
+    )
 
 
 def verify(terminal: Terminal, choices: VerifyChoices) -> None:
@@ -129,7 +130,7 @@ def verify(terminal: Terminal, choices: VerifyChoices) -> None:
     from converters.prove import check_report_place, prove_file, ready_verifier
 
     report = check_report_place(choices.file, choices.report)
-    verifier = ready_verifier(_open(terminal, choices, choices.reference, None), choices)
+    verifier = ready_verifier(opened(terminal, choices, choices.reference), choices)
     prove_file(terminal, verifier, choices.file, report)
 
 
@@ -143,31 +144,29 @@ def _refuse_contradictions(choices: ConvertChoices) -> None:
     }
     if choices.no_proof and (idle := [name for name, is_given in given.items() if is_given]):
         raise UsageError(f"--no-proof leaves nothing to do for {', '.join(idle)}")
+    _refuse_two_measurements(choices)
 
 
-def available_cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _open(
-    terminal: Terminal, choices: SourceChoices, source: str, name: str | None, *, headers_only: bool = False
-) -> "Checkpoint":
-    from converters.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(
-        source,
-        revision=choices.revision,
-        lora=choices.lora,
-        low_disk=choices.low_disk,
-        eos=choices.eos,
-        name=name,
-        headers_only=headers_only,
-        quiet=terminal.quiet,
-    )
-    for note in checkpoint.notes:
-        terminal.say(f"note: {note}")
-    return checkpoint
+def _refuse_two_measurements(choices: ConvertChoices) -> None:
+    """Raise UsageError unless the importances come from one place, and are there to be used."""
+    sources = {
+        "--imatrix": choices.imatrix is not None,
+        "--stats": choices.stats is not None,
+        "--calibrate": choices.calibrate,
+    }
+    given = [name for name, is_given in sources.items() if is_given]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)}: the importances can come from one of them only")
+    if choices.rounding == "weighted" and not given:
+        raise UsageError(
+            "--rounding weighted: there is nothing to weigh with", hint=f"give {', '.join(sources)}"
+        )
+    if choices.rounding == "plain" and given:
+        raise UsageError(f"--rounding plain leaves nothing to do for {given[0]}")
+    if choices.dry_run and choices.calibrate:
+        raise UsageError(
+            "--dry-run: --calibrate would do hours of work", hint="run dscq calibrate, then give --stats"
+        )
 
 
 def _say_plan(terminal: Terminal, plan: "Plan") -> None:

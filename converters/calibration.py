@@ -1,0 +1,204 @@
+"""What `dscq calibrate` does, and what `dscq convert` does with a statistics archive.
+
+rows      the built-in text or the user's own becomes token rows (converters.corpus)
+stream    the rows go through the model, block by block, into the archive (converters.stats)
+imatrix   the archive's diagonals, in llama.cpp's own formats, for whoever wants to use them elsewhere
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from converters.choices import OpenChoices, opened
+from converters.terminal import Terminal
+from quantize.errors import UsageError
+
+if TYPE_CHECKING:
+    from converters.checkpoint import Checkpoint
+    from converters.corpus.rows import Corpus, CorpusOptions, Shares
+    from converters.imatrix import Importances
+    from converters.stats.archive import Archive
+    from converters.stats.prepare import CalibrateOptions
+
+IN_OUTPUT = "stats"
+"""The folder within `convert`'s output where `--calibrate` puts its archive."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateChoices(OpenChoices):
+    """The options of `dscq calibrate`."""
+
+    source: str
+    output: Path
+    text: tuple[str, ...]
+    rows: int
+    length: int | None
+    shares: tuple[str, ...]
+    long_rows: int
+    seed: int
+    diagonal_only: bool
+    add: Path | None
+    fresh: bool
+    on_nonfinite: Literal["stop", "drop"]
+    imatrix_out: tuple[Path, ...]
+    show_rows: int | None
+
+
+def calibrate(terminal: Terminal, choices: CalibrateChoices) -> None:
+    """Make the rows, then the archive and what else was asked for; or only show the rows."""
+    from converters.corpus.show import show_rows
+    from converters.imatrix_file import check_imatrix_name
+
+    for path in choices.imatrix_out:
+        check_imatrix_name(path)
+    _use_threads(choices)
+    options = _corpus_options(choices)
+    checkpoint = opened(terminal, choices, choices.source, headers_only=choices.show_rows is not None)
+    corpus = build_rows(terminal, checkpoint, options)
+    if choices.show_rows is not None:
+        for line in show_rows(corpus, checkpoint.tokenizer, n_rows=choices.show_rows or None):
+            terminal.result(line)
+        return
+    archive = gather(terminal, checkpoint, corpus, _calibrate_options(choices))
+    if rank() == 0:
+        for path in choices.imatrix_out:
+            write_diagonals(archive, path)
+            terminal.result(f"wrote {path}")
+    terminal.document({"archive": str(archive.folder), "n_tokens": archive.manifest.n_tokens})
+
+
+def _use_threads(choices: OpenChoices) -> None:
+    import torch
+
+    torch.set_num_threads(choices.n_threads)
+
+
+def rank() -> int:
+    """Return this process's number among those that torchrun started; the first alone says and writes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _corpus_options(choices: CalibrateChoices) -> "CorpusOptions":
+    from converters.corpus.rows import CorpusOptions
+
+    return CorpusOptions(
+        sources=choices.text or None,
+        n_rows=choices.rows,
+        length=choices.length,
+        shares=parse_shares(choices.shares),
+        n_long=choices.long_rows,
+        seed=choices.seed,
+    )
+
+
+def parse_shares(texts: tuple[str, ...]) -> "Shares":
+    """Return the shares that `completion=0.5` and the like say; the kinds not named keep their default.
+
+    Raises UsageError for an unknown kind, for what is no number of zero or more, and for a sum of zero.
+    """
+    from dataclasses import replace
+
+    from converters.corpus.rows import KINDS, Shares
+
+    given: dict[str, float] = {}
+    for text in texts:
+        kind, _, value = text.partition("=")
+        try:
+            given[kind] = float(value)
+        except ValueError:
+            given[kind] = -1.0
+        if kind not in KINDS or not 0 <= given[kind] < float("inf"):
+            known = ", ".join(KINDS)
+            raise UsageError(
+                f"--share {text}: expected KIND=NUMBER, a number of zero or more", hint=f"kinds: {known}"
+            )
+    shares = replace(Shares(), **given)
+    if sum(getattr(shares, kind) for kind in KINDS) == 0:
+        raise UsageError("--share: all shares are zero", hint="give at least one kind a share")
+    return shares
+
+
+def _calibrate_options(choices: CalibrateChoices) -> "CalibrateOptions":
+    from converters.stats.prepare import CalibrateOptions
+
+    return CalibrateOptions(
+        folder=choices.output,
+        device=choices.device or "cpu",
+        diagonal_only=choices.diagonal_only,
+        add=choices.add,
+        on_nonfinite=choices.on_nonfinite,
+        fresh=choices.fresh,
+    )
+
+
+def build_rows(terminal: Terminal, checkpoint: "Checkpoint", options: "CorpusOptions") -> "Corpus":
+    """Return the rows, and say how many of each kind there are."""
+    from converters.corpus.build import build_corpus
+    from converters.corpus.rows import count_by_kind
+
+    corpus = build_corpus(checkpoint.tokenizer, checkpoint.config, options)
+    for note in corpus.notes:
+        terminal.say(f"note: {note}")
+    counts = count_by_kind(corpus.rows)
+    kinds = ", ".join(
+        f"{count['rows']} {kind} ({count['tokens']:,} tokens)" for kind, count in counts.items()
+    )
+    terminal.say(f"rows: {len(corpus.rows)} of {corpus.n_tokens:,} tokens: {kinds}")
+    return corpus
+
+
+def gather(
+    terminal: Terminal, checkpoint: "Checkpoint", corpus: "Corpus", options: "CalibrateOptions"
+) -> "Archive":
+    """Return the archive of the checkpoint over the rows, made or already there."""
+    from converters.stats.run import calibrate_checkpoint
+
+    with terminal.stages("blocks") as report:
+        archive = calibrate_checkpoint(
+            checkpoint,
+            corpus.rows,
+            corpus.identity,
+            options,
+            lambda done, total: report("calibrate", done, total),
+        )
+    n_bytes = sum(member.n_bytes for member in archive.manifest.members.values())
+    if rank() == 0:
+        terminal.result(f"archive {archive.folder}: {archive.manifest.n_tokens:,} tokens, {n_bytes:,} bytes")
+    return archive
+
+
+def write_diagonals(archive: "Archive", path: Path) -> None:
+    """Write the archive's diagonals as an imatrix: sums of squares by the names of GGUF's weights."""
+    from converters.imatrix_file import write_imatrix
+    from converters.names import gguf_name
+
+    n_tokens, chunk = archive.manifest.n_tokens, 512
+    packed = {gguf_name(name): archive.packed(name) for name in archive.linears()}
+    entries = {name: (each.diagonal * each.n_tokens, each.n_tokens) for name, each in packed.items()}
+    corpus = str(archive.manifest.request.corpus.get("name", ""))
+    write_imatrix(path, entries, corpus, chunk, -(-n_tokens // chunk))
+
+
+def archived_importances(folder: Path, checkpoint: "Checkpoint") -> "Importances":
+    """Return the importances of an archive that must be the checkpoint's own; raises ArchiveError."""
+    from converters.stats.archive import open_archive
+
+    archive = open_archive(folder)
+    archive.check_model(checkpoint)
+    return archive.importances()
+
+
+def calibrated_importances(
+    terminal: Terminal, checkpoint: "Checkpoint", choices: OpenChoices, output: Path
+) -> "Importances":
+    """Calibrate on the built-in text into a folder of the output, unless that is done; say so."""
+    from converters.corpus.rows import CorpusOptions
+    from converters.stats.prepare import CalibrateOptions
+
+    _use_threads(choices)
+    folder = output / IN_OUTPUT
+    terminal.say(f"--calibrate: statistics on the built-in text, in {folder}; use them again with --stats")
+    corpus = build_rows(terminal, checkpoint, CorpusOptions())
+    options = CalibrateOptions(folder, device=choices.device or "cpu")
+    return gather(terminal, checkpoint, corpus, options).importances()
