@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from quantize.errors import UsageError
 from quantize.llama import EMBEDDING, FINAL_NORM, HEAD, LlamaConfig, block_tensor
+from quantize.products import linear
 from quantize.weights import Weights
 
 Block = dict[str, torch.Tensor]
@@ -125,7 +126,7 @@ class ReferenceModel:
         if self._head is None:
             self._head = self._load(EMBEDDING if self.config.tied_head else HEAD)
         with full_f32():
-            return functional.linear(hidden.to(self.device), self._head)
+            return linear(hidden.to(self.device), self._head)
 
     def drop_head(self) -> None:
         """Free the head that `logits` keeps."""
@@ -145,20 +146,20 @@ class ReferenceModel:
         observe(ATTENTION_INPUT, normed, 0)
         mixed = self._attention(block, normed, lengths)
         observe(ATTENTION_MIXED, mixed, 0)
-        return state + functional.linear(mixed, block["self_attn.o_proj"])
+        return state + linear(mixed, block["self_attn.o_proj"])
 
     def _mlp_residual(self, block: Block, state: torch.Tensor, start: int, observe: Observe) -> torch.Tensor:
         normed = self._norm(state, block["post_attention_layernorm"])
         observe(MLP_INPUT, normed, start)
-        inner = functional.silu(functional.linear(normed, block["mlp.gate_proj"]))
-        inner *= functional.linear(normed, block["mlp.up_proj"])
+        inner = functional.silu(linear(normed, block["mlp.gate_proj"]))
+        inner *= linear(normed, block["mlp.up_proj"])
         observe(MLP_INNER, inner, start)
-        return state + functional.linear(inner, block["mlp.down_proj"])
+        return state + linear(inner, block["mlp.down_proj"])
 
     def _attention(self, block: Block, normed: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Return what o_proj multiplies, f32 (n, n_heads * head_dim)."""
         tables = rotary_tables(self.config, max(lengths), self.device)
-        projected = (functional.linear(normed, block[f"self_attn.{name}_proj"]) for name in "qkv")
+        projected = (linear(normed, block[f"self_attn.{name}_proj"]) for name in "qkv")
         by_row = zip(*(torch.split(heads, list(lengths)) for heads in projected), strict=True)
         return torch.cat([self._mix(query, key, value, tables) for query, key, value in by_row])
 
