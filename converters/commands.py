@@ -199,10 +199,16 @@ def _write(
     return written
 
 
-def inspect(terminal: Terminal, path: Path, *, list_tensors: bool) -> None:
-    """Describe a GGUF or a checkpoint folder; what is wrong with it comes last."""
+def inspect(terminal: Terminal, path: Path, *, list_tensors: bool, plot: Path | None) -> None:
+    """Describe a GGUF, a checkpoint folder or a statistics archive; what is wrong with it comes last."""
     from converters.inspect import inspect_path
+    from converters.stats.manifest import NAME
 
+    if (path / NAME).is_file():
+        _inspect_archive(terminal, path, plot)
+        return
+    if plot is not None:
+        raise UsageError(f"--plot draws statistics archives, and {path} is none")
     found = inspect_path(path)
     terminal.table(f"{found.kind} {found.path}", ["", ""], [list(fact) for fact in found.facts.items()])
     types = [(quant, str(count), f"{n_bytes:,}") for quant, count, n_bytes in found.by_type()]
@@ -213,3 +219,21 @@ def inspect(terminal: Terminal, path: Path, *, list_tensors: bool) -> None:
     for finding in found.findings:
         terminal.result(f"finding: {finding}")
     terminal.document(found.document())
+
+
+def _inspect_archive(terminal: Terminal, path: Path, plot: Path | None) -> None:
+    from converters.stats import look
+    from converters.stats.archive import open_archive
+
+    if plot is not None:
+        look.check_plot(plot)
+    archive = open_archive(path)
+    with terminal.stages("inputs") as report:
+        rows = look.input_rows(archive, lambda done, total: report("statistics", done, total))
+    facts = look.archive_facts(archive)
+    terminal.table(f"statistics archive {path}", ["", ""], [list(fact) for fact in facts.items()])
+    terminal.table("", look.COLUMNS, [row.cells() for row in rows])
+    if plot is not None:
+        look.plot(rows, plot)
+        terminal.result(f"wrote {plot}")
+    terminal.document(look.archive_document(archive, rows))
