@@ -25,7 +25,7 @@ from quantize.weights import Weights
 
 SLICE_ELEMENTS = 1 << 20
 # A GPU's search is many short operations on all blocks at once: small slices would leave it waiting for them
-# to be started. One takes up to 1 GB of its memory.
+# to be started. The search of one holds 0.23 (Q8_0) to 0.83 GB (Q2_K), measured with tensors of a CPU.
 GPU_SLICE_ELEMENTS = 1 << 24
 # More would only wait for the disk, and each holds up to 20 MB in flight.
 MAX_WORKERS = 16
