@@ -92,7 +92,10 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
 def _convert_options(choices: ConvertChoices) -> "ConvertOptions":
     from converters.plan import ConvertOptions
     from converters.targets.gguf_types import parse_tensor_type, written_type
+    from quantize.codecs.encoder import encoding_gpus
 
+    device = choices.device or "cpu"
+    encoding_gpus(device)  # one that is not there must show before a checkpoint is fetched
     output, embedding = choices.output_tensor_type, choices.token_embedding_type
     return ConvertOptions(
         folder=choices.output,
@@ -104,6 +107,7 @@ def _convert_options(choices: ConvertChoices) -> "ConvertOptions":
         output_tensor_type=output and written_type(output, "--output-tensor-type"),
         token_embedding_type=embedding and written_type(embedding, "--token-embedding-type"),
         pure=choices.pure,
+        device=device,
     )
 
 
@@ -140,7 +144,6 @@ def _refuse_contradictions(choices: ConvertChoices) -> None:
         "--require-proof": choices.require_proof,
         "--probe-tokens": choices.probe_tokens is not None,
         "--llama-lib": choices.llama_lib is not None,
-        "--device": choices.device is not None,
     }
     if choices.no_proof and (idle := [name for name, is_given in given.items() if is_given]):
         raise UsageError(f"--no-proof leaves nothing to do for {', '.join(idle)}")

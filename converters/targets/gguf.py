@@ -9,19 +9,18 @@ first weight is read, and tensors can be written at their offsets in any order.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from converters.checkpoint import Checkpoint
 from converters.disk import PartialFile, rename_all
 from converters.gguf_file import head_bytes, padded, shard_name
-from converters.imatrix import Importances
 from converters.names import gguf_name, is_rotary, permute
 from converters.plan import ConvertOptions, FilePlan, Plan, Request, TensorPlan
 from converters.targets.gguf_fields import add_split_fields, bare_fields, gguf_fields
 from converters.targets.gguf_types import GgufTypes
 from quantize.codecs import codec
+from quantize.codecs.encoder import Encoder, encoding_gpus
 from quantize.errors import PlanError
 from quantize.recipes import ALIASES, RECIPES, Choice
 
@@ -87,20 +86,21 @@ class GgufTarget:
 
     def open_writer(self, plan: Plan, options: ConvertOptions) -> "GgufWriter":
         """Create the files under temporary names, with their heads in place."""
-        return GgufWriter(plan, options.folder, options.importances)
+        return GgufWriter(plan, options)
 
 
 class GgufWriter:
     """The files of one plan, being written."""
 
-    def __init__(self, plan: Plan, folder: Path, importances: Importances | None) -> None:
+    def __init__(self, plan: Plan, options: ConvertOptions) -> None:
         """Create every file in its full length; raises OutputError and leaves none when one fails."""
         self._plan = plan
-        self._importances = {} if importances is None else importances.rows
+        self._importances = {} if options.importances is None else options.importances.rows
+        self._encoder = Encoder(encoding_gpus(options.device))
         self._files: list[PartialFile] = []
         try:
             for file in plan.files:
-                self._files.append(PartialFile(folder / file.name, file.n_bytes))
+                self._files.append(PartialFile(options.folder / file.name, file.n_bytes))
                 self._files[-1].write(0, file.head)
         except BaseException:
             self.abort()
@@ -112,7 +112,7 @@ class GgufWriter:
         # The row step of q and k is a head: rows change places within it alone.
         ordered = permute(rows, tensor.row_step) if is_rotary(name) else rows
         # Importances are of columns, which keep their order.
-        blocks = codec(tensor.quant).encode(ordered, self._importances.get(name))
+        blocks = self._encoder.encode(codec(tensor.quant), ordered, self._importances.get(name))
         offset = tensor.offset + first_row * blocks.shape[1]
         self._files[tensor.file].write(offset, blocks.numpy().data.cast("B"))
         return blocks
