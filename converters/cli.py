@@ -208,7 +208,7 @@ def main() -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        terminal.say("interrupted: no unfinished file stands under its name")
+        terminal.say("interrupted: no unfinished file stands under its name; the same command goes on")
         sys.exit(INTERRUPTED)
     except DscqError as error:
         terminal.error(error)

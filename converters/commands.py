@@ -197,6 +197,8 @@ def _write(
             options,
             lambda done: advance(done.n_source_bytes, done.name),
         )
+    for one in (one for one in written if one.n_reused):
+        terminal.say(f"{one.plan.request}: {one.n_reused:,} bytes were there from an interrupted run")
     for path in (path for one in written for path in one.paths):
         terminal.result(f"wrote {path} ({path.stat().st_size:,} bytes)")
     return written

@@ -132,10 +132,12 @@ class Plan:
 class Written:
     """A finished export: the plan it follows, its files, each tensor's sha256 if asked for, and the time.
 
-    `tensor_hashes` are taken of the bytes on their way to the disk, by the checkpoint's names.
+    `tensor_hashes` are taken of the bytes on their way to the disk, by the checkpoint's names; `n_reused`
+    counts the bytes that an interrupted run had made.
     """
 
     plan: Plan
     paths: tuple[Path, ...]
     tensor_hashes: Mapping[str, str]
     seconds: float
+    n_reused: int = 0

@@ -164,6 +164,9 @@ class _Stream:
             f"{name}: {counts['NaN']} NaN and {counts['infinite']} infinite of {self.specs[name].n_elements}"
             for name, counts in self.not_finite.items()
         ]
+        if self.not_finite or self.too_large:
+            for export in self.exports:
+                export.writer.discard()
         unfit = [f"{name}: {peak:.6g} does not fit {quant}" for (name, quant), peak in self.too_large.items()]
         if reasons:
             hint = "the checkpoint is damaged: fetch it again, or look at how it was trained or merged"
