@@ -197,7 +197,7 @@ class GgufTypes:
             return f"{role}, which an imatrix seldom has: give it another type, {options[role]} Q4_K"
         which = f"{role} of {len(names)} layer{'s' if len(names) > 1 else ''}"
         if self.options.importances is None:
-            return f"{which}: give one with --imatrix, or measure with --calibrate, or choose Q2_K, IQ3_S or larger"
+            return f"{which}: give one with --imatrix, make one with --calibrate, or choose a larger recipe"
         return f"{which}: {self.options.importances.file} has no entry for {_some(names)}"
 
     def _importance_notes(self) -> Iterator[str]:
