@@ -69,6 +69,7 @@ def dscq() -> None:
 @click.option("--split-max-size", type=Size(), help="Largest file of a split: 4G, 4GiB.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, the sizes and what is needed; write nothing.")
 @click.option("--force", is_flag=True, help="Overwrite existing files.")
+@click.option("--fresh", is_flag=True, help="Make every tensor anew, whatever earlier runs left.")
 @click.option("--no-proof", is_flag=True, help="Write only; prove nothing.")
 @TYPE_OPTIONS
 @SOURCE_OPTIONS

@@ -39,6 +39,7 @@ class ConvertChoices(SourceChoices):
     split_max_size: int | None
     dry_run: bool
     force: bool
+    fresh: bool
     no_proof: bool
     imatrix: Path | None
     stats: Path | None
@@ -100,6 +101,7 @@ def _convert_options(choices: ConvertChoices) -> "ConvertOptions":
     return ConvertOptions(
         folder=choices.output,
         force=choices.force,
+        fresh=choices.fresh,
         split_max_bytes=choices.split_max_size,
         n_threads=choices.n_threads,
         hash_tensors=not choices.no_proof,
@@ -198,7 +200,10 @@ def _write(
             lambda done: advance(done.n_source_bytes, done.name),
         )
     for one in (one for one in written if one.n_reused):
-        terminal.say(f"{one.plan.request}: {one.n_reused:,} bytes were there from an interrupted run")
+        terminal.say(
+            f"{one.plan.request}: {one.n_tensors_reused} of {len(one.plan.tensors)} tensors were there from "
+            f"an earlier run ({one.n_reused:,} bytes)"
+        )
     for path in (path for one in written for path in one.paths):
         terminal.result(f"wrote {path} ({path.stat().st_size:,} bytes)")
     return written

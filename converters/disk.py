@@ -73,7 +73,7 @@ class PartialFile:
     def __init__(self, path: Path, n_bytes: int, *, keep: bool = False) -> None:
         """Create `path`.partial, or take over a dead run's: empty, or with what it holds to `keep`.
 
-        Raises OutputError.
+        Raises OutputError, and leaves there what was to be kept.
         """
         self.path, self.partial = path, path.with_name(path.name + PARTIAL)
         with explained(path):
@@ -83,7 +83,10 @@ class PartialFile:
                     os.ftruncate(self._file, 0)
                 _reserve(self._file, n_bytes)
             except OSError:
-                self.abandon()
+                if keep:
+                    self.leave()
+                else:
+                    self.abandon()
                 raise
 
     def write(self, offset: int, data: bytes | memoryview) -> None:

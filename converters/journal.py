@@ -1,19 +1,14 @@
 """What an interrupted conversion has done, so that the next one need not do it again.
 
-A slice's encoding is a pure function: of the rows, the quant type, the importances and the version of the
-encoders. A digest of these is its *key*. While a partial file grows, its journal, beside it, gets a line for
-each slice of a type that is searched for:
+A slice's encoding is a pure function of what its key is a digest of (`converters.donors`). While a partial
+file grows, its journal, beside it, gets a line for each slice of a type that is searched for. Whoever finds
+both later asks for a slice by its key, and it does not matter what else has changed. If the file's layout has
+(another type for some tensor moves all that follow), the leftover steps aside as `NAME.partial.old` and is
+a quarry until the new file is whole. The lines of a whole file stay, as its keys.
 
-    key  offset  length  sha256 of the bytes
-
-Whoever finds both files later asks for a slice by its key and gets the bytes, provided they still have that
-sha256: a line that reached the disk before its bytes did, when the power went, is found out. It does not
-matter what else has changed. If the file's layout has (another type for some tensor moves all that follow),
-the leftover steps aside as `NAME.partial.old` and serves as a quarry until the new file is whole.
-
-    NAME.partial           grows                            removed, with its journal, when NAME is whole
-    NAME.partial.journal
-    NAME.partial.old       an earlier layout's, and its     removed likewise
+    NAME.partial           grows                            becomes NAME
+    NAME.partial.journal                                    becomes .NAME.keys
+    NAME.partial.old       an earlier layout's, and its     removed when NAME is whole
     NAME.partial.old.journal
 
 Types that are not searched for (floats, Q8_0) are made as fast as they are read back: they are not noted.
@@ -21,80 +16,81 @@ Types that are not searched for (floats, Q8_0) are made as fast as they are read
 
 import hashlib
 import os
-from dataclasses import dataclass
+import re
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import TextIO
 
 import torch
 
-from converters.disk import PARTIAL, PartialFile, explained, open_locked
-from quantize.codecs import ENCODING
+from converters.disk import PARTIAL, PartialFile, explained, open_locked, write_whole
+from converters.donors import JOURNAL, Donors, Entry, journal_path, keys_path, keys_text, read_entries
+from quantize.errors import OutputError
 
-JOURNAL, OLD = ".journal", ".old"
-
-
-def slice_key(rows: torch.Tensor, quant: str, order: int, importance: torch.Tensor | None) -> str:
-    """Return the digest of all that decides a slice's bytes; `order` says how its rows change places."""
-    digest = hashlib.sha256(f"{ENCODING} {quant} {order} {tuple(rows.shape)} {rows.dtype}".encode())
-    for tensor in (rows, importance):
-        if tensor is not None:
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class _Entry:
-    path: Path
-    offset: int
-    n_bytes: int
-    sha256: str
+OLD = ".old"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
 
 
 class JournaledFile:
     """A partial file that keeps what it was given, by keys, until it gets its final name."""
 
-    def __init__(self, path: Path, head: bytes, n_bytes: int) -> None:
+    def __init__(self, path: Path, head: bytes, n_bytes: int, *, fresh: bool = False) -> None:
         """Create `path`.partial of `n_bytes` that begins with `head`, or go on with a dead run's.
 
-        Raises OutputError.
+        A `fresh` file begins anew. Raises OutputError; what a dead run left is there then as before.
         """
         self._partial = path.with_name(path.name + PARTIAL)
-        self._lock, self._used = Lock(), 0
+        self._lock, self._noted = Lock(), dict[int, Entry]()
         with explained(path):
-            stays = _step_aside(self._partial, head, n_bytes)
-            self._entries = {**_read(_old(self._partial)), **_read(self._partial)}
+            stays = _step_aside(self._partial, head, n_bytes, fresh)
             self.file = PartialFile(path, n_bytes, keep=stays)
+        self._entries = {entry.key: entry for entry in _noted(self._partial)}
         self._journal: TextIO | None = None  # opened with the first line: most types note nothing
-        self.file.write(0, head)
+        try:
+            self.file.write(0, head)
+        except BaseException:
+            self.leave()
+            raise
 
-    @property
-    def n_reused(self) -> int:
-        """Bytes that an earlier run had made."""
-        return self._used
+    def reuse(self, key: str, offset: int, donors: Donors | None) -> torch.Tensor | None:
+        """Put the bytes of a key at `offset` and return them, uint8 (n,); None where there are none.
 
-    def reuse(self, key: str, offset: int) -> torch.Tensor | None:
-        """Put the bytes of a key at `offset` and return them, uint8 (n,); None where there are none."""
+        They are looked for in this file first, where they need not be written again, then at the donors.
+        """
         entry = self._entries.get(key)
-        if entry is None or (data := _checked(entry)) is None:
-            return None
-        if (entry.path, entry.offset) != (self._partial, offset):
-            self._put(key, offset, data, entry.sha256)
-        with self._lock:
-            self._used += len(data)
+        data = None if entry is None else entry.read()
+        if entry is not None and data is not None and entry.offset == offset:
+            with self._lock:
+                self._noted[offset] = entry
+        else:
+            if data is None and donors is not None:
+                data = donors.find(key)
+            if data is None:
+                return None
+            self.write(key, offset, memoryview(data))
         return torch.frombuffer(data, dtype=torch.uint8)
 
     def write(self, key: str, offset: int, data: memoryview) -> None:
         """Write the bytes of a key at `offset`, and note them; raises OutputError."""
-        self._put(key, offset, data, hashlib.sha256(data).hexdigest())
-
-    def _put(self, key: str, offset: int, data: bytearray | memoryview, sha256: str) -> None:
-        self.file.write(offset, memoryview(data))
+        self.file.write(offset, data)
+        entry = Entry(key, self._partial, offset, len(data), hashlib.sha256(data).hexdigest())
         with self._lock, explained(self.file.path):
             if self._journal is None:
-                self._journal = _journal(self._partial).open("a", encoding="ascii")
-            self._journal.write(f"{key} {offset} {len(data)} {sha256}\n")
+                self._journal = journal_path(self._partial).open("a", encoding="ascii")
+                self._journal.write("\n")  # the line before may have been cut off
+            self._journal.write(entry.line)
             self._journal.flush()
+            self._noted[offset] = entry
+
+    def flush(self) -> None:
+        """Wait until the disk has everything, the keys included; raises OutputError.
+
+        Until the file is renamed they are another's: of an earlier file, whose bytes they do not fit.
+        """
+        self.file.flush()
+        if self._noted:
+            write_whole(keys_path(self.file.path), keys_text(self._noted.values()))
 
     def forget(self) -> None:
         """Remove what served to go on: for a file that has its final name."""
@@ -102,6 +98,8 @@ class JournaledFile:
         with explained(self.file.path):
             for path in _helpers(self._partial):
                 path.unlink(missing_ok=True)
+            if not self._noted:
+                keys_path(self.file.path).unlink(missing_ok=True)
 
     def leave(self) -> None:
         """Leave everything for a later run, or nothing where nothing was noted; harmless after `forget`."""
@@ -114,7 +112,10 @@ class JournaledFile:
     def discard(self) -> None:
         """Remove the partial file, and what served to go on."""
         self.file.abandon()
-        self.forget()
+        self._close()
+        with explained(self.file.path):
+            for path in _helpers(self._partial):
+                path.unlink(missing_ok=True)
 
     def _close(self) -> None:
         if self._journal is not None:
@@ -123,7 +124,7 @@ class JournaledFile:
 
 def has_journal(partial: Path) -> bool:
     """Return whether a partial file, or what is there under its name, has a journal."""
-    return _journal(partial).is_file()
+    return journal_path(partial).is_file()
 
 
 def goes_on(partial: Path, head: bytes, n_bytes: int) -> bool:
@@ -134,50 +135,52 @@ def goes_on(partial: Path, head: bytes, n_bytes: int) -> bool:
         return file.read(len(head)) == head
 
 
-def _step_aside(partial: Path, head: bytes, n_bytes: int) -> bool:
+def remove_other_shards(path: Path) -> None:
+    """Remove leftovers of the same export cut into another number of files; raises OutputError.
+
+    `path` is one of the export's finished files. What another run is writing stays.
+    """
+    export = _SHARD.sub("", path.name)
+    names = {journal.name.rpartition(PARTIAL)[0] for journal in path.parent.glob(f"*{PARTIAL}*{JOURNAL}")}
+    for name in (name for name in names if _SHARD.sub("", name) == export):
+        with explained(path), suppress(OutputError):
+            _remove_leftover(path.with_name(name + PARTIAL))
+
+
+def _remove_leftover(partial: Path) -> None:
+    held = open_locked(partial)
+    try:
+        for leftover in (partial, *_helpers(partial)):
+            leftover.unlink(missing_ok=True)
+    finally:
+        os.close(held)
+
+
+def _step_aside(partial: Path, head: bytes, n_bytes: int, fresh: bool) -> bool:
     """Return whether a leftover's content stays in place; one of another layout gets the name `.old`."""
     if not partial.exists():
-        _journal(partial).unlink(missing_ok=True)
+        journal_path(partial).unlink(missing_ok=True)
         return False
     held = open_locked(partial)
     try:
-        if goes_on(partial, head, n_bytes):
+        if not fresh and goes_on(partial, head, n_bytes):
             return True
-        if _read(partial):
-            _journal(partial).replace(_journal(_old(partial)))
+        # Of two earlier layouts the one that has more stays.
+        if not fresh and _size_noted(partial) > _size_noted(_old(partial)):
+            journal_path(partial).replace(journal_path(_old(partial)))
             partial.replace(_old(partial))
-        _journal(partial).unlink(missing_ok=True)
+        journal_path(partial).unlink(missing_ok=True)
         return False
     finally:
         os.close(held)
 
 
-def _read(partial: Path) -> dict[str, _Entry]:
-    """Return a journal's entries by their keys; a line that was cut off is passed over."""
-    try:
-        lines = _journal(partial).read_text("ascii", errors="replace").splitlines()
-    except FileNotFoundError:
-        return {}
-    words = (line.split(" ") for line in lines)
-    whole = (parts for parts in words if len(parts) == 4 and len(parts[3]) == 64)
-    return {key: _Entry(partial, int(at), int(size), digest) for key, at, size, digest in whole}
+def _noted(partial: Path) -> list[Entry]:
+    return read_entries(journal_path(partial), partial)
 
 
-def _checked(entry: _Entry) -> bytearray | None:
-    """Return an entry's bytes if they are what the journal says."""
-    data = bytearray(entry.n_bytes)
-    try:
-        with entry.path.open("rb") as file:
-            file.seek(entry.offset)
-            n_read = file.readinto(data)
-    except OSError:
-        return None
-    whole = n_read == entry.n_bytes and hashlib.sha256(data).hexdigest() == entry.sha256
-    return data if whole else None
-
-
-def _journal(partial: Path) -> Path:
-    return partial.with_name(partial.name + JOURNAL)
+def _size_noted(partial: Path) -> int:
+    return sum(entry.n_bytes for entry in _noted(partial))
 
 
 def _old(partial: Path) -> Path:
@@ -185,4 +188,4 @@ def _old(partial: Path) -> Path:
 
 
 def _helpers(partial: Path) -> tuple[Path, ...]:
-    return _journal(partial), _old(partial), _journal(_old(partial))
+    return journal_path(partial), _old(partial), journal_path(_old(partial))

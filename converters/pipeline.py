@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 from converters.checkpoint import Checkpoint
 from converters.disk import PARTIAL, check_room, explained, readable, write_whole
+from converters.donors import keys_path
 from converters.journal import goes_on, has_journal
 from converters.plan import ConvertOptions, Plan, Request, Written
 from converters.stream import Export, OnEvent, TensorDone, stream
@@ -62,11 +63,16 @@ def convert(
             remove_stale(export.plan, options.folder)
     seconds = time.monotonic() - started
     paths = [tuple(options.folder / file.name for file in plan.files) for plan in plans]
-    reused = [export.writer.n_reused for export in exports]
     return [
-        Written(plan, files, digests, seconds, n_reused)
-        for plan, files, digests, n_reused in zip(plans, paths, hashes, reused, strict=True)
+        _written(export, files, digests, seconds)
+        for export, files, digests in zip(exports, paths, hashes, strict=True)
     ]
+
+
+def _written(export: Export, paths: tuple[Path, ...], digests: Mapping[str, str], seconds: float) -> Written:
+    plan, reused = export.plan, export.writer.reused
+    n_tensors = sum(reused.get(tensor.name) == tensor.n_bytes for tensor in plan.tensors)
+    return Written(plan, paths, digests, seconds, sum(reused.values()), n_tensors)
 
 
 def plan_exports(checkpoint: Checkpoint, requests: Sequence[Request], options: ConvertOptions) -> list[Plan]:
@@ -115,12 +121,12 @@ def check_destination(
         )
     if there and not options.force:
         raise OutputError(f"{options.folder}: nothing is overwritten", reasons=there, hint="use --force")
+    files = [(options.folder / (file.name + PARTIAL), file) for plan in plans for file in plan.files]
     leftovers = [
         partial
-        for plan in plans
-        for file in plan.files
-        if not has_journal(partial := options.folder / (file.name + PARTIAL))
-        or goes_on(partial, file.head, file.n_bytes)  # one of another layout stays until the end
+        for partial, file in files
+        # One of another layout stays until the end.
+        if options.fresh or not has_journal(partial) or goes_on(partial, file.head, file.n_bytes)
     ]
     check_room(options.folder, sum(plan.n_bytes for plan in plans), leftovers)
     with explained(options.folder):
@@ -166,10 +172,14 @@ def remove_stale(plan: Plan, folder: Path) -> None:
 
 
 def mark_failed(written: Written) -> tuple[Path, ...]:
-    """Rename every file of an export to `*.failed`, so that nobody takes it for a good one."""
+    """Rename every file of an export to `*.failed`, so that nobody takes it for a good one.
+
+    Its keys go: a conversion takes no slices from it either.
+    """
     failed = tuple(path.with_name(path.name + FAILED) for path in written.paths)
     for path, new in zip(written.paths, failed, strict=True):
         with explained(new):
+            keys_path(path).unlink(missing_ok=True)
             path.replace(new)
     return failed
 

@@ -35,7 +35,8 @@ class ConvertOptions:
     The rest decides types, as the options of llama-quantize: `tensor_types` are (regular expression on the
     format's tensor name, quant type), of which the first that matches counts; `pure` leaves the mix of a
     recipe out; `importances` come from an imatrix. `device` is where the types that gain from a GPU are
-    encoded: cpu, cuda (all GPUs in turn) or cuda:1; the bytes are the same.
+    encoded: cpu, cuda (all GPUs in turn) or cuda:1; the bytes are the same. `fresh` makes every tensor anew,
+    whatever earlier runs left in the folder.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class ConvertOptions:
     pure: bool = False
     importances: Importances | None = None
     device: str = "cpu"
+    fresh: bool = False
 
     @property
     def on_gpu(self) -> bool:
@@ -133,7 +135,7 @@ class Written:
     """A finished export: the plan it follows, its files, each tensor's sha256 if asked for, and the time.
 
     `tensor_hashes` are taken of the bytes on their way to the disk, by the checkpoint's names; `n_reused`
-    counts the bytes that an interrupted run had made.
+    counts the bytes that an earlier run had made, and `n_tensors_reused` the tensors made by it as a whole.
     """
 
     plan: Plan
@@ -141,3 +143,4 @@ class Written:
     tensor_hashes: Mapping[str, str]
     seconds: float
     n_reused: int = 0
+    n_tensors_reused: int = 0

@@ -18,8 +18,8 @@ class Writer(Protocol):
     """Files being written under temporary names: after the last row `flush`, then `commit`; or `abort`."""
 
     @property
-    def n_reused(self) -> int:
-        """Bytes that an interrupted run had made already."""
+    def reused(self) -> Mapping[str, int]:
+        """Bytes that earlier runs had made already, by the checkpoint's names of tensors."""
         ...
 
     def put(self, name: str, first_row: int, rows: torch.Tensor) -> torch.Tensor:

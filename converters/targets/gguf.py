@@ -7,15 +7,18 @@ first weight is read, and tensors can be written at their offsets in any order.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 
 import torch
 
 from converters.checkpoint import Checkpoint
 from converters.disk import rename_all
+from converters.donors import Donors, slice_key
 from converters.gguf_file import head_bytes, padded, shard_name
-from converters.journal import JournaledFile, slice_key
+from converters.journal import JournaledFile, remove_other_shards
 from converters.names import gguf_name, is_rotary, permute
 from converters.plan import ConvertOptions, FilePlan, Plan, Request, TensorPlan
 from converters.targets.gguf_fields import add_split_fields, bare_fields, gguf_fields
@@ -98,18 +101,21 @@ class GgufWriter:
         self._plan = plan
         self._importances = {} if options.importances is None else options.importances.rows
         self._encoder = Encoder(encoding_gpus(options.device))
+        self._donors = None if options.fresh else Donors(options.folder)
+        self._reused, self._lock = Counter[str](), Lock()
         self._files: list[JournaledFile] = []
         try:
             for file in plan.files:
-                self._files.append(JournaledFile(options.folder / file.name, file.head, file.n_bytes))
+                path = options.folder / file.name
+                self._files.append(JournaledFile(path, file.head, file.n_bytes, fresh=options.fresh))
         except BaseException:
             self.abort()
             raise
 
     @property
-    def n_reused(self) -> int:
-        """Bytes that an interrupted run had made."""
-        return sum(file.n_reused for file in self._files)
+    def reused(self) -> Mapping[str, int]:
+        """Bytes that earlier runs had made, by the checkpoint's names of tensors."""
+        return self._reused
 
     def put(self, name: str, first_row: int, rows: torch.Tensor) -> torch.Tensor:
         """Encode whole heads or rows (n, K), in GGUF's order of rows, and write them at their offset."""
@@ -121,8 +127,10 @@ class GgufWriter:
             file.file.write(offset, blocks.numpy().data.cast("B"))
             return blocks
         key = slice_key(rows, kind.name, tensor.row_step if is_rotary(name) else 0, importance)
-        found = file.reuse(key, offset)
+        found = file.reuse(key, offset, self._donors)
         if found is not None:
+            with self._lock:
+                self._reused[name] += len(found)
             return found.reshape(len(rows), -1)
         blocks = self._encoded(name, rows)
         file.write(key, offset, blocks.numpy().data.cast("B"))
@@ -138,13 +146,14 @@ class GgufWriter:
     def flush(self) -> None:
         """Wait until the disk has everything."""
         for file in self._files:
-            file.file.flush()
+            file.flush()
 
     def commit(self) -> None:
         """Give all files their final names; nothing stays under them when one of the renames fails."""
         rename_all([file.file for file in self._files])
         for file in self._files:
             file.forget()
+        remove_other_shards(self._files[0].file.path)
 
     def abort(self) -> None:
         """Leave the temporary files for the next run, but for those without use to it."""

@@ -56,7 +56,7 @@ def _never(*_: object) -> None:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.gguf")}
 
 
 def _importances(checkpoint: Checkpoint) -> Importances:

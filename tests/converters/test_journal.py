@@ -1,5 +1,6 @@
 """A conversion that goes on: the bytes of an undisturbed run, and nothing made twice or wrongly reused."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -11,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from converters import disk
 from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.donors import Donors, keys_path, slice_key
 from converters.imatrix import Importances
-from converters.journal import JournaledFile, slice_key
-from converters.pipeline import convert
+from converters.journal import JournaledFile
+from converters.pipeline import convert, mark_failed, reread_hashes
 from converters.plan import ConvertOptions, Request, Written
 from converters.stream import TensorDone
+from quantize.codecs import codec
 from quantize.codecs.encoder import Encoder
 from quantize.errors import OutputError
 from quantize.weights import TensorWeights
@@ -74,6 +78,7 @@ def interrupt(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """Return the files of a folder, the hidden keys of its exports included."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "LICENSE"}
 
 
@@ -153,7 +158,8 @@ def test_torn_bytes_are_found_out_and_made_anew(checkpoint: Checkpoint, tmp_path
     interrupt(checkpoint, tmp_path / "out", 46)
     partial = tmp_path / "out" / "demo-coder-Q4_K_M.gguf.partial"
     journal = partial.with_name(partial.name + ".journal")
-    lines = journal.read_text("ascii").splitlines()
+    lines = journal.read_text("ascii").split()
+    lines = [" ".join(lines[i : i + 4]) for i in range(0, len(lines), 4)]
     with partial.open("r+b") as file:
         file.seek(int(lines[4].split()[1]))
         file.write(bytes(64))
@@ -236,3 +242,172 @@ def test_a_key_tells_apart_all_that_decides_the_bytes() -> None:
         slice_key(-rows, "Q4_K", 0, None),
     ]
     assert len(set(keys)) == len(keys)
+
+
+def test_a_journal_may_say_anything(tmp_path: Path) -> None:
+    path, key, digest = tmp_path / "a.gguf", "a" * 64, hashlib.sha256(b"work").hexdigest()
+    partial = tmp_path / "a.gguf.partial"
+    partial.write_bytes(b"head" + b"work" + bytes(8))
+    nonsense = [
+        f"{key} x 4 {digest}",
+        f"{key} 4 {'9' * 15} {digest}",
+        f"{key} -4 4 {digest}",
+        "\0\0 \xff",
+        key,
+    ]
+    for line in nonsense:
+        partial.with_name(partial.name + ".journal").write_text(line, "latin-1")
+        file = JournaledFile(path, b"head", 16)
+        assert file.reuse(key, 4, None) is None
+        file.leave()
+    file = JournaledFile(path, b"head", 16)
+    file.write(key, 4, memoryview(b"work"))  # behind the line that was cut off
+    file.leave()
+    found = JournaledFile(path, b"head", 16).reuse(key, 4, None)
+    assert found is not None and found.numpy().tobytes() == b"work"
+
+
+@pytest.mark.parametrize("place", ["reserve", "head"])
+def test_a_disk_without_room_for_the_rest_leaves_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    key = "a" * 64
+    file = JournaledFile(tmp_path / "a.gguf", b"head", 16)
+    file.write(key, 4, memoryview(b"work"))
+    file.leave()
+    with monkeypatch.context() as patched:
+        patched.setattr(*((disk, "_reserve") if place == "reserve" else (os, "pwrite")), full)
+        with pytest.raises(OutputError, match="the disk is full"):
+            JournaledFile(tmp_path / "a.gguf", b"head", 16)
+    assert JournaledFile(tmp_path / "a.gguf", b"head", 16).reuse(key, 4, None) is not None
+
+
+def test_of_two_earlier_layouts_the_fuller_stays(
+    checkpoint: Checkpoint, tmp_path: Path, encoded: list[int]
+) -> None:
+    interrupt(checkpoint, tmp_path / "out", 46)
+    interrupt(checkpoint, tmp_path / "out", 3, tensor_types=(("blk.0.ffn_gate", "Q5_K"),))
+    encoded.clear()
+    run(checkpoint, tmp_path / "out", tensor_types=(("blk.0.ffn_gate", "Q3_K"),))
+    assert len(encoded) <= 4
+    assert not [name for name in contents(tmp_path / "out") if "partial" in name]
+
+
+# --- finished exports as donors
+
+
+def test_an_edited_plan_makes_only_what_has_changed(
+    checkpoint: Checkpoint, tmp_path: Path, encoded: list[int]
+) -> None:
+    first = run(checkpoint, tmp_path / "out")
+    encoded.clear()
+    changed = {"tensor_types": (("blk.0.ffn_gate", "Q5_K"),)}
+    second = run(checkpoint, tmp_path / "out", **changed)
+    shape = checkpoint.config.tensor_shapes()["model.layers.0.mlp.gate_proj.weight"]
+    assert encoded == [shape[0]]  # one slice: the tensor as a whole
+    searched = [t for t in first[0].plan.tensors if codec(t.quant).uses_importance]
+    assert second[0].n_tensors_reused == len(searched) - 1
+    whole = run(checkpoint, tmp_path / "whole", **changed)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert second[0].tensor_hashes == whole[0].tensor_hashes
+    assert reread_hashes(second[0]).differing == ()
+
+
+def test_an_interrupted_remake_leaves_the_finished_file_and_its_keys(
+    checkpoint: Checkpoint, tmp_path: Path, encoded: list[int]
+) -> None:
+    run(checkpoint, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    interrupt(checkpoint, tmp_path / "out", 9, force=True, tensor_types=(("ffn_gate", "Q5_K"),))
+    assert before.items() <= contents(tmp_path / "out").items()
+    encoded.clear()
+    run(checkpoint, tmp_path / "out")
+    assert encoded == []
+    assert contents(tmp_path / "out") == before
+
+
+def test_another_recipe_takes_the_matrices_of_the_same_type(
+    checkpoint: Checkpoint, tmp_path: Path, encoded: list[int]
+) -> None:
+    run(checkpoint, tmp_path / "out")
+    encoded.clear()
+    other = Request("gguf", "Q4_K_S")
+    written = run(checkpoint, tmp_path / "out", other)
+    n_anew = len(encoded)
+    encoded.clear()
+    run(checkpoint, tmp_path / "whole", other)
+    assert n_anew < len(encoded) / 2 and written[0].n_tensors_reused >= len(encoded) - n_anew
+    name = "demo-coder-Q4_K_S.gguf"
+    assert contents(tmp_path / "out")[name] == contents(tmp_path / "whole")[name]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_tensors_move_between_shards(
+    checkpoint: Checkpoint, tmp_path: Path, encoded: list[int], finished: bool
+) -> None:
+    if finished:
+        run(checkpoint, tmp_path / "out", split_max_bytes=1_500_000)
+    else:
+        interrupt(checkpoint, tmp_path / "out", 46, split_max_bytes=1_000_000)
+    encoded.clear()
+    run(checkpoint, tmp_path / "out", split_max_bytes=700_000)
+    assert len(encoded) <= (0 if finished else 3)
+    run(checkpoint, tmp_path / "whole", split_max_bytes=700_000)
+    whole, out = contents(tmp_path / "whole"), contents(tmp_path / "out")
+    assert whole.items() <= out.items()
+    assert finished or whole == out  # no leftover of the other shards
+
+
+def test_what_another_run_is_writing_stays(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    other = JournaledFile(tmp_path / "demo-coder-Q4_K_M-00001-of-00009.gguf", b"head", 16)
+    other.write("a" * 64, 4, memoryview(b"work"))
+    run(checkpoint, tmp_path)
+    assert contents(tmp_path)[other.file.partial.name] == b"head" + b"work" + bytes(8)
+    other.leave()
+    run(checkpoint, tmp_path)
+    assert sorted(contents(tmp_path)) == [".demo-coder-Q4_K_M.gguf.keys", "demo-coder-Q4_K_M.gguf"]
+
+
+def test_a_finished_file_that_was_changed_gives_only_what_is_whole(
+    checkpoint: Checkpoint, tmp_path: Path, encoded: list[int]
+) -> None:
+    [written] = run(checkpoint, tmp_path / "whole")
+    [path] = run(checkpoint, tmp_path / "out")[0].paths
+    tensor = written.plan.by_name["model.layers.1.mlp.up_proj.weight"]
+    data = bytearray(path.read_bytes())
+    data[tensor.offset + tensor.n_bytes // 2] ^= 1
+    path.write_bytes(data)
+    encoded.clear()
+    run(checkpoint, tmp_path / "out")
+    assert encoded == [tensor.n_rows]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_fresh_takes_nothing_from_earlier_runs(
+    checkpoint: Checkpoint, tmp_path: Path, encoded: list[int]
+) -> None:
+    run(checkpoint, tmp_path / "out")
+    n_whole = len(encoded)
+    interrupt(checkpoint, tmp_path / "out", 30, Q6)
+    interrupt(checkpoint, tmp_path / "out", 30, force=True, tensor_types=(("ffn_gate", "Q5_K"),))
+    encoded.clear()
+    written = run(checkpoint, tmp_path / "out", fresh=True)
+    assert len(encoded) == n_whole
+    assert (written[0].n_reused, written[0].n_tensors_reused) == (0, 0)
+
+
+def test_a_file_that_failed_its_proof_is_no_donor(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    [written] = run(checkpoint, tmp_path)
+    assert keys_path(written.paths[0]).is_file()
+    mark_failed(written)
+    assert not keys_path(written.paths[0]).exists()
+    assert Donors(tmp_path).find("a" * 64) is None
+    assert run(checkpoint, tmp_path)[0].n_reused == 0
+
+
+def test_floats_have_no_keys(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    run(checkpoint, tmp_path, Request("gguf", "F16"), Request("gguf", "Q8_0"))
+    assert not [name for name in contents(tmp_path) if name.startswith(".")]

@@ -166,7 +166,8 @@ def test_several_files_come_from_one_read(checkpoint: Checkpoint, tmp_path: Path
     for request in REQUESTS:
         _run(checkpoint, tmp_path / "alone", [request])
     together, alone = (
-        {path.name: _sha256(path) for path in (tmp_path / name).iterdir()} for name in ("together", "alone")
+        {path.name: _sha256(path) for path in (tmp_path / name).glob("*.gguf")}
+        for name in ("together", "alone")
     )
     assert len(together) == len(REQUESTS)
     assert together == alone

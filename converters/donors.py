@@ -1,0 +1,112 @@
+"""Slices that lie somewhere in the folder of exports already, found by what they were made of.
+
+A *key* is the digest of all that decides a slice's bytes (`slice_key`). Two kinds of text files say where the
+bytes of a key lie, a line each, as `key  offset  length  sha256 of the bytes`:
+
+    NAME.partial.journal   of a file that is being written, or was when its run was cut off
+    .NAME.keys             of a finished file: hidden, for it is of no use to anyone but the next conversion
+
+It does not matter which export a slice was made for: Q4_K_S finds the matrices that Q4_K_M has of the same
+type. It does not matter either whether the lines are true: bytes that do not have the sha256 of their line
+(torn when the power went, changed since, gone) are not handed out; a line that makes no sense is passed over.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from quantize.codecs import ENCODING
+
+JOURNAL, KEYS = ".journal", ".keys"
+_LINE = re.compile(r"([0-9a-f]{64}) ([0-9]{1,15}) ([0-9]{1,15}) ([0-9a-f]{64})", re.ASCII)
+
+
+def slice_key(rows: torch.Tensor, quant: str, order: int, importance: torch.Tensor | None) -> str:
+    """Return the digest of all that decides a slice's bytes; `order` says how its rows change places."""
+    digest = hashlib.sha256(f"{ENCODING} {quant} {order} {tuple(rows.shape)} {rows.dtype}".encode())
+    for tensor in (rows, importance):
+        if tensor is not None:
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where the bytes of a key lie, and their sha256."""
+
+    key: str
+    path: Path
+    offset: int
+    n_bytes: int
+    sha256: str
+
+    @property
+    def line(self) -> str:
+        """The entry as a line of a journal or of a file of keys."""
+        return f"{self.key} {self.offset} {self.n_bytes} {self.sha256}\n"
+
+    def read(self) -> bytearray | None:
+        """Return the bytes, if they are there and what the entry says."""
+        try:
+            with self.path.open("rb") as file:
+                # Compared before room is made for it: the length may be any number.
+                if self.offset + self.n_bytes > self.path.stat().st_size:
+                    return None
+                data = bytearray(self.n_bytes)
+                file.seek(self.offset)
+                n_read = file.readinto(data)
+        except OSError:
+            return None
+        whole = n_read == self.n_bytes and hashlib.sha256(data).hexdigest() == self.sha256
+        return data if whole else None
+
+
+def read_entries(listing: Path, path: Path) -> list[Entry]:
+    """Return what a journal or a file of keys says about the file at `path`; nothing if it is not there."""
+    try:
+        lines = listing.read_text("ascii", errors="replace").split("\n")
+    except OSError:
+        return []
+    found = (_LINE.fullmatch(line) for line in lines)
+    return [Entry(m[1], path, int(m[2]), int(m[3]), m[4]) for m in found if m]
+
+
+def journal_path(partial: Path) -> Path:
+    """Return where the journal of a partial file lies."""
+    return partial.with_name(partial.name + JOURNAL)
+
+
+def keys_path(path: Path) -> Path:
+    """Return where the keys of a finished file lie."""
+    return path.with_name(f".{path.name}{KEYS}")
+
+
+def keys_text(entries: Iterable[Entry]) -> bytes:
+    """Return the content of a file of keys: in the order of the offsets, whatever the order of the work."""
+    return "".join(entry.line for entry in sorted(entries, key=lambda entry: entry.offset)).encode("ascii")
+
+
+class Donors:
+    """All slices that a folder's exports have, finished and unfinished."""
+
+    def __init__(self, folder: Path) -> None:
+        """Look into `folder`, with the first question."""
+        self._folder = folder
+
+    def find(self, key: str) -> bytearray | None:
+        """Return the bytes of a key, or None; from any thread."""
+        entry = self._entries.get(key)
+        return None if entry is None else entry.read()
+
+    @cached_property
+    def _entries(self) -> dict[str, Entry]:
+        journals = sorted(self._folder.glob(f"*{JOURNAL}"))
+        listings = [(path, path.with_name(path.name.removesuffix(JOURNAL))) for path in journals]
+        keys = sorted(self._folder.glob(f".*{KEYS}"))
+        listings += [(path, path.with_name(path.name[1:].removesuffix(KEYS))) for path in keys]
+        return {entry.key: entry for listing, path in listings for entry in read_entries(listing, path)}
