@@ -1,17 +1,17 @@
 """What an interrupted conversion has done, so that the next one need not do it again.
 
 A slice's encoding is a pure function of what its key is a digest of (`converters.donors`). While a partial
-file grows, its journal, beside it, gets a line for each slice of a type that is searched for. Whoever finds
-both later asks for a slice by its key, and it does not matter what else has changed. If the file's layout has
-(another type for some tensor moves all that follow), the leftover steps aside as `NAME.partial.old` and is
-a quarry until the new file is whole. The lines of a whole file stay, as its keys.
+file grows, its journal, beside it, gets a line for each slice that took a search. Whoever finds both later
+asks for a slice by its key, and it does not matter what else has changed. If the file's layout has (another
+type for some tensor moves all that follow), the leftover steps aside as `NAME.partial.old` and is a quarry
+until the new file is whole. The lines of a whole file stay, as its keys.
 
     NAME.partial           grows                            becomes NAME
     NAME.partial.journal                                    becomes .NAME.keys
     NAME.partial.old       an earlier layout's, and its     removed when NAME is whole
     NAME.partial.old.journal
 
-Types that are not searched for (floats, Q8_0) are made as fast as they are read back: they are not noted.
+Types that are made as fast as they are read back (floats, Q8_0, plain Q4_0) are not noted.
 """
 
 import hashlib

@@ -16,7 +16,7 @@ import torch
 
 from converters.checkpoint import Checkpoint
 from converters.disk import rename_all
-from converters.donors import Donors, slice_key
+from converters.donors import Donors, is_noted, slice_key
 from converters.gguf_file import head_bytes, padded, shard_name
 from converters.journal import JournaledFile, remove_other_shards
 from converters.names import gguf_name, is_rotary, permute
@@ -101,7 +101,6 @@ class GgufWriter:
         self._plan = plan
         self._importances = {} if options.importances is None else options.importances.rows
         self._encoder = Encoder(encoding_gpus(options.device))
-        self._donors = None if options.fresh else Donors(options.folder)
         self._reused, self._lock = Counter[str](), Lock()
         self._files: list[JournaledFile] = []
         try:
@@ -111,6 +110,8 @@ class GgufWriter:
         except BaseException:
             self.abort()
             raise
+        # After a leftover of another layout has stepped aside.
+        self._donors = None if options.fresh else Donors(options.folder)
 
     @property
     def reused(self) -> Mapping[str, int]:
@@ -122,7 +123,7 @@ class GgufWriter:
         tensor, file = self._plan.by_name[name], self._files[self._plan.by_name[name].file]
         kind, importance = codec(tensor.quant), self._importances.get(name)
         offset = tensor.offset + first_row * kind.row_bytes(rows.shape[1])
-        if not kind.uses_importance:
+        if not is_noted(kind, importance):
             blocks = self._encoded(name, rows)
             file.file.write(offset, blocks.numpy().data.cast("B"))
             return blocks

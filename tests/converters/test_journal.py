@@ -14,7 +14,7 @@ import torch
 
 from converters import disk
 from converters.checkpoint import Checkpoint, open_checkpoint
-from converters.donors import Donors, keys_path, slice_key
+from converters.donors import Donors, is_noted, keys_path, slice_key
 from converters.imatrix import Importances
 from converters.journal import JournaledFile
 from converters.pipeline import convert, mark_failed, reread_hashes
@@ -40,12 +40,12 @@ def checkpoint(demo_folder: Path) -> Checkpoint:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of rows that were encoded, a slice each, of types that are searched for."""
+    """The numbers of rows that were encoded, a slice each, where that takes long enough to be noted."""
     calls: list[int] = []
     whole = Encoder.encode
 
     def noted(self: Encoder, kind, rows, importance=None):  # type: ignore[no-untyped-def]
-        if kind.uses_importance:
+        if is_noted(kind, importance):
             calls.append(len(rows))
         return whole(self, kind, rows, importance)
 
@@ -308,7 +308,7 @@ def test_an_edited_plan_makes_only_what_has_changed(
     second = run(checkpoint, tmp_path / "out", **changed)
     shape = checkpoint.config.tensor_shapes()["model.layers.0.mlp.gate_proj.weight"]
     assert encoded == [shape[0]]  # one slice: the tensor as a whole
-    searched = [t for t in first[0].plan.tensors if codec(t.quant).uses_importance]
+    searched = [t for t in first[0].plan.tensors if is_noted(codec(t.quant), None)]
     assert second[0].n_tensors_reused == len(searched) - 1
     whole = run(checkpoint, tmp_path / "whole", **changed)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -386,6 +386,14 @@ def test_a_finished_file_that_was_changed_gives_only_what_is_whole(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_exports_of_one_run_are_not_each_others_earlier_run(
+    checkpoint: Checkpoint, tmp_path: Path, encoded: list[int]
+) -> None:
+    written = run(checkpoint, tmp_path, Q4, Request("gguf", "Q4_K_S"), Q6)
+    assert [one.n_reused for one in written] == [0, 0, 0]
+    assert len(encoded) == sum(is_noted(codec(t.quant), None) for one in written for t in one.plan.tensors)
+
+
 def test_fresh_takes_nothing_from_earlier_runs(
     checkpoint: Checkpoint, tmp_path: Path, encoded: list[int]
 ) -> None:
@@ -408,6 +416,15 @@ def test_a_file_that_failed_its_proof_is_no_donor(checkpoint: Checkpoint, tmp_pa
     assert run(checkpoint, tmp_path)[0].n_reused == 0
 
 
-def test_floats_have_no_keys(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_what_is_made_as_fast_as_found_has_no_keys(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    rounded, options = Request("gguf", "Q4_0"), {"output_tensor_type": "Q4_0", "pure": True}
     run(checkpoint, tmp_path, Request("gguf", "F16"), Request("gguf", "Q8_0"))
+    run(checkpoint, tmp_path, rounded, **options)
     assert not [name for name in contents(tmp_path) if name.startswith(".")]
+    name = "model.layers.0.mlp.gate_proj.weight"
+    measured = {name: torch.ones(checkpoint.config.tensor_shapes()[name][1])}
+    importances = Importances(measured, "a.gguf", "", 0)
+    run(checkpoint, tmp_path, rounded, importances=importances, **options)
+    keys = [name for name in contents(tmp_path) if name.startswith(".")]
+    assert keys == [".demo-coder-Q4_0.gguf.keys"]
+    assert len(contents(tmp_path)[keys[0]].splitlines()) == 1  # that tensor's

@@ -391,7 +391,10 @@ def _interrupt(event: TensorDone) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def test_an_interrupted_run_leaves_only_what_the_next_can_use(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_an_interrupted_run_leaves_only_what_the_next_can_use(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(hidden_size=256, intermediate_size=512))
     with pytest.raises(KeyboardInterrupt):
         convert(checkpoint, REQUESTS, ConvertOptions(tmp_path / "out"), _interrupt)
     partial = "tiny-Q4_K_M.gguf.partial"
