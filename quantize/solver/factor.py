@@ -129,7 +129,7 @@ def _check(H: torch.Tensor, damp: float, order: str, group_size: int, name: str)
         raise UsageError("the Hessian cannot be prepared with these settings", reasons=reasons)
     if H.ndim != 2 or H.shape[0] != H.shape[1] or not _is_plausible(H):
         raise HessianError(
-            f"{name or 'the Hessian'}: a square matrix of finite numbers without a negative diagonal is expected,"
+            f"{name or 'the Hessian'}: a square of finite numbers with no negative diagonal is expected,"
             f" found {tuple(H.shape)}",
             hint="calibrate again",
         )
