@@ -53,7 +53,12 @@ def plain_scales(
 
 
 def search_scales(
-    W: torch.Tensor, H: torch.Tensor, group: torch.Tensor, bits: int, symmetric: bool
+    W: torch.Tensor,
+    H: torch.Tensor,
+    group: torch.Tensor,
+    bits: int,
+    symmetric: bool,
+    signed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scale and zero, f32 (N, G), of W's groups as they are, each judged by its own block of H.
 
@@ -66,14 +71,20 @@ def search_scales(
         places = (group == g).nonzero()[:, 0]
         factor = prepare(H[places][:, places], damp=0.0, order="activation")
         part = W.float()[:, places][:, factor.order]
-        scale, zero = best_scale(part, factor.feedback, factor.weights, bits, symmetric)
+        scale, zero = best_scale(part, factor.feedback, factor.weights, bits, symmetric, signed)
         scales.append(scale)
         zeros.append(zero)
     return torch.stack(scales, 1), torch.stack(zeros, 1)
 
 
 def round_searched(
-    W: torch.Tensor, factor: Factor, group: torch.Tensor, bits: int, symmetric: bool, block: int = BLOCK
+    W: torch.Tensor,
+    factor: Factor,
+    group: torch.Tensor,
+    bits: int,
+    symmetric: bool,
+    signed: bool = False,
+    block: int = BLOCK,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compensate W, f32 (N, K), choosing each group's scale when the walk comes to it.
 
@@ -91,7 +102,7 @@ def round_searched(
         end = start + count
         inside = factor.feedback[start:end, start:end]
         scale[:, g], zero[:, g] = best_scale(
-            walk.target[:, start:end], inside, factor.weights[start:end], bits, symmetric
+            walk.target[:, start:end], inside, factor.weights[start:end], bits, symmetric, signed
         )
         grid = affine_grid(scale, zero, ordered, bits)
         for first in range(start, end, block):
@@ -101,11 +112,22 @@ def round_searched(
 
 
 def best_scale(
-    target: torch.Tensor, feedback: torch.Tensor, weights: torch.Tensor, bits: int, symmetric: bool
+    target: torch.Tensor,
+    feedback: torch.Tensor,
+    weights: torch.Tensor,
+    bits: int,
+    symmetric: bool,
+    signed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scale and zero, f32 (N,), that round a group, f32 (N, k), with the least loss."""
+    """Return the scale and zero, f32 (N,), that round a group, f32 (N, k), with the least loss.
+
+    A symmetric grid has one level more below zero than above; with `signed`, a scale may be negative, which
+    puts that level on the side that needs it.
+    """
     shares = torch.tensor(LADDER, device=target.device)
     scale, zero = _range(target, bits, symmetric, shares)
+    if signed and symmetric:
+        scale, zero = torch.cat([scale, -scale]), zero.repeat(2, 1)
     scale, zero = choose(target, feedback, weights, scale, zero, bits)
     if not symmetric:
         shifts = torch.tensor([0.0, -1.0, 1.0], device=target.device)
@@ -183,4 +205,4 @@ def _range(
 
 def _half(scale: torch.Tensor) -> torch.Tensor:
     """Return the scales as half precision holds them; none is zero or infinite."""
-    return scale.clamp(_TINY, 65504.0).half().float()
+    return torch.copysign(scale.abs().clamp(_TINY, 65504.0).half().float(), scale)

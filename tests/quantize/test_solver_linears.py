@@ -172,3 +172,15 @@ def test_least_loss_over_all_scales_and_codes_is_not_beaten() -> None:
     reached = loss(W, result.weights(), H)
     assert bool((reached >= bound - 1e-3 * loss(W, torch.zeros_like(W), H)).all())
     assert float(reached.mean()) < 1.5 * float(bound.mean())
+
+
+@pytest.mark.parametrize("order", ["group", "activation"])
+def test_signed_scales_put_the_odd_level_where_it_is_needed(order: Order) -> None:
+    W, H = problem(96, 64, seed=8)
+    plain, signed = (one(W, H, Settings(3, 16, order=order, signed_scales=on)) for on in (False, True))
+    assert bool((plain.scales > 0).all())
+    negative = float((signed.scales < 0).float().mean())
+    assert 0.2 < negative < 0.8
+    assert signed.error < 0.95 * plain.error
+    lost = float(loss(W, signed.weights(), H).sum() / loss(W, torch.zeros_like(W), H).sum())
+    assert lost == pytest.approx(signed.error, rel=1e-4)
