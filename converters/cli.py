@@ -156,16 +156,20 @@ def verify(quiet: bool, as_json: bool, **chosen: Any) -> None:
 @dscq.command()
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw an archive's figures over the layers: .png, .svg."
+)
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
-def inspect(path: Path, tensors: bool, as_json: bool) -> None:
-    """Show what a GGUF or a checkpoint folder holds, and what is wrong with it.
+def inspect(path: Path, tensors: bool, plot: Path | None, as_json: bool) -> None:
+    """Show what a GGUF, a checkpoint folder or a statistics archive holds, and what is wrong with it.
 
     \b
     Examples:
       dscq inspect out/model-Q8_0.gguf
       dscq inspect ./model --tensors
+      dscq inspect stats/ --plot stats.svg
     """
-    commands.inspect(Terminal(as_json=as_json), path, list_tensors=tensors)
+    commands.inspect(Terminal(as_json=as_json), path, list_tensors=tensors, plot=plot)
 
 
 @dscq.command()
@@ -204,7 +208,7 @@ def main() -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        terminal.say("interrupted: no unfinished file stands under its name")
+        terminal.say("interrupted: no unfinished file stands under its name; the same command goes on")
         sys.exit(INTERRUPTED)
     except DscqError as error:
         terminal.error(error)

@@ -92,7 +92,10 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
 def _convert_options(choices: ConvertChoices) -> "ConvertOptions":
     from converters.plan import ConvertOptions
     from converters.targets.gguf_types import parse_tensor_type, written_type
+    from quantize.codecs.encoder import encoding_gpus
 
+    device = choices.device or "cpu"
+    encoding_gpus(device)  # one that is not there must show before a checkpoint is fetched
     output, embedding = choices.output_tensor_type, choices.token_embedding_type
     return ConvertOptions(
         folder=choices.output,
@@ -104,6 +107,7 @@ def _convert_options(choices: ConvertChoices) -> "ConvertOptions":
         output_tensor_type=output and written_type(output, "--output-tensor-type"),
         token_embedding_type=embedding and written_type(embedding, "--token-embedding-type"),
         pure=choices.pure,
+        device=device,
     )
 
 
@@ -140,7 +144,6 @@ def _refuse_contradictions(choices: ConvertChoices) -> None:
         "--require-proof": choices.require_proof,
         "--probe-tokens": choices.probe_tokens is not None,
         "--llama-lib": choices.llama_lib is not None,
-        "--device": choices.device is not None,
     }
     if choices.no_proof and (idle := [name for name, is_given in given.items() if is_given]):
         raise UsageError(f"--no-proof leaves nothing to do for {', '.join(idle)}")
@@ -194,15 +197,23 @@ def _write(
             options,
             lambda done: advance(done.n_source_bytes, done.name),
         )
+    for one in (one for one in written if one.n_reused):
+        terminal.say(f"{one.plan.request}: {one.n_reused:,} bytes were there from an interrupted run")
     for path in (path for one in written for path in one.paths):
         terminal.result(f"wrote {path} ({path.stat().st_size:,} bytes)")
     return written
 
 
-def inspect(terminal: Terminal, path: Path, *, list_tensors: bool) -> None:
-    """Describe a GGUF or a checkpoint folder; what is wrong with it comes last."""
+def inspect(terminal: Terminal, path: Path, *, list_tensors: bool, plot: Path | None) -> None:
+    """Describe a GGUF, a checkpoint folder or a statistics archive; what is wrong with it comes last."""
     from converters.inspect import inspect_path
+    from converters.stats.manifest import NAME
 
+    if (path / NAME).is_file():
+        _inspect_archive(terminal, path, plot)
+        return
+    if plot is not None:
+        raise UsageError(f"--plot draws statistics archives, and {path} is none")
     found = inspect_path(path)
     terminal.table(f"{found.kind} {found.path}", ["", ""], [list(fact) for fact in found.facts.items()])
     types = [(quant, str(count), f"{n_bytes:,}") for quant, count, n_bytes in found.by_type()]
@@ -213,3 +224,21 @@ def inspect(terminal: Terminal, path: Path, *, list_tensors: bool) -> None:
     for finding in found.findings:
         terminal.result(f"finding: {finding}")
     terminal.document(found.document())
+
+
+def _inspect_archive(terminal: Terminal, path: Path, plot: Path | None) -> None:
+    from converters.stats import look
+    from converters.stats.archive import open_archive
+
+    if plot is not None:
+        look.check_plot(plot)
+    archive = open_archive(path)
+    with terminal.stages("inputs") as report:
+        rows = look.input_rows(archive, lambda done, total: report("statistics", done, total))
+    facts = look.archive_facts(archive)
+    terminal.table(f"statistics archive {path}", ["", ""], [list(fact) for fact in facts.items()])
+    terminal.table("", look.COLUMNS, [row.cells() for row in rows])
+    if plot is not None:
+        look.plot(rows, plot)
+        terminal.result(f"wrote {plot}")
+    terminal.document(look.archive_document(archive, rows))

@@ -70,13 +70,17 @@ def check_room(folder: Path, n_bytes: int, reusable: Sequence[Path] = ()) -> Non
 class PartialFile:
     """A file of known length, written at any offset by any thread, that appears when it is whole."""
 
-    def __init__(self, path: Path, n_bytes: int) -> None:
-        """Create `path`.partial, or take over a dead run's; raises OutputError."""
+    def __init__(self, path: Path, n_bytes: int, *, keep: bool = False) -> None:
+        """Create `path`.partial, or take over a dead run's: empty, or with what it holds to `keep`.
+
+        Raises OutputError.
+        """
         self.path, self.partial = path, path.with_name(path.name + PARTIAL)
         with explained(path):
             self._file = open_locked(self.partial)
             try:
-                os.ftruncate(self._file, 0)
+                if not keep:
+                    os.ftruncate(self._file, 0)
                 _reserve(self._file, n_bytes)
             except OSError:
                 self.abandon()
@@ -105,6 +109,11 @@ class PartialFile:
         """Remove the partial file; harmless after `rename`."""
         if self._file >= 0:
             self.partial.unlink(missing_ok=True)
+            self._close()
+
+    def leave(self) -> None:
+        """Let go of the partial file and leave it where it is; harmless after `rename`."""
+        if self._file >= 0:
             self._close()
 
     def _close(self) -> None:

@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from converters.checkpoint import Checkpoint
 from converters.plan import ConvertOptions, Plan
 from converters.proof.tensors import MOST_WORKERS as PROOF_WORKERS
-from converters.stream import MAX_WORKERS
+from converters.stream import GPU_SLICE_ELEMENTS, MAX_WORKERS
 from quantize.llama import EMBEDDING, LlamaConfig
 
 _PROCESS = 350_000_000  # the libraries and the compiled searches
 _WORKER = 20_000_000
+# For each weight of a GPU's slice: rows in GGUF's order (2 bytes), and up to three results of 8.5 bits, which
+# wait for their hash.
+_GPU_SLICE_BYTES = 6
 _COMPARED = 6  # bytes for each weight of a matrix that is decoded and compared
 _F32 = 4
 
@@ -39,7 +42,8 @@ def memory_needs(checkpoint: Checkpoint, plans: Sequence[Plan], options: Convert
     config = checkpoint.config
     # An adapter's update of a tensor is made whole, and so is the sum.
     merged = 0 if checkpoint.provenance.adapter is None else 2 * _F32 * _largest_matrix(config)
-    writing = min(options.n_threads, MAX_WORKERS) * _WORKER
+    worker = _WORKER + (_GPU_SLICE_BYTES * GPU_SLICE_ELEMENTS if options.on_gpu else 0)
+    writing = min(options.n_threads, MAX_WORKERS) * worker
     heads = 2 * _F32 * config.vocab_size * config.hidden_size
     block = _F32 * sum(_matrix_sizes(config)[1:])
     in_hand = (

@@ -90,7 +90,11 @@ PROOF_OPTIONS = options(
         help="Size of the probe text; default: about 6000, one row of which passes position 4096.",
     ),
     click.option("--llama-lib", type=EXISTING_FILE, help="Another libllama than the wheel's."),
-    click.option("--device", help="Where the reference forward runs: cpu (the default), cuda, cuda:1."),
+    click.option(
+        "--device",
+        help="Where the reference forward runs and convert encodes: cpu (the default), cuda, cuda:1. Several "
+        "GPUs encode in turn on cuda; the bytes are the same everywhere.",
+    ),
 )
 ROW_OPTIONS = options(
     click.option(

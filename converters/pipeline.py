@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 from converters.checkpoint import Checkpoint
 from converters.disk import PARTIAL, check_room, explained, readable, write_whole
+from converters.journal import goes_on, has_journal
 from converters.plan import ConvertOptions, Plan, Request, Written
 from converters.stream import Export, OnEvent, TensorDone, stream
 from converters.targets import TARGETS
@@ -61,7 +62,11 @@ def convert(
             remove_stale(export.plan, options.folder)
     seconds = time.monotonic() - started
     paths = [tuple(options.folder / file.name for file in plan.files) for plan in plans]
-    return [Written(*parts, seconds) for parts in zip(plans, paths, hashes, strict=True)]
+    reused = [export.writer.n_reused for export in exports]
+    return [
+        Written(plan, files, digests, seconds, n_reused)
+        for plan, files, digests, n_reused in zip(plans, paths, hashes, reused, strict=True)
+    ]
 
 
 def plan_exports(checkpoint: Checkpoint, requests: Sequence[Request], options: ConvertOptions) -> list[Plan]:
@@ -110,7 +115,13 @@ def check_destination(
         )
     if there and not options.force:
         raise OutputError(f"{options.folder}: nothing is overwritten", reasons=there, hint="use --force")
-    leftovers = [path.with_name(path.name + PARTIAL) for path in paths]
+    leftovers = [
+        partial
+        for plan in plans
+        for file in plan.files
+        if not has_journal(partial := options.folder / (file.name + PARTIAL))
+        or goes_on(partial, file.head, file.n_bytes)  # one of another layout stays until the end
+    ]
     check_room(options.folder, sum(plan.n_bytes for plan in plans), leftovers)
     with explained(options.folder):
         options.folder.mkdir(parents=True, exist_ok=True)

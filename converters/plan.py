@@ -34,7 +34,8 @@ class ConvertOptions:
 
     The rest decides types, as the options of llama-quantize: `tensor_types` are (regular expression on the
     format's tensor name, quant type), of which the first that matches counts; `pure` leaves the mix of a
-    recipe out; `importances` come from an imatrix.
+    recipe out; `importances` come from an imatrix. `device` is where the types that gain from a GPU are
+    encoded: cpu, cuda (all GPUs in turn) or cuda:1; the bytes are the same.
     """
 
     folder: Path
@@ -47,6 +48,12 @@ class ConvertOptions:
     token_embedding_type: str | None = None
     pure: bool = False
     importances: Importances | None = None
+    device: str = "cpu"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether another device than the CPU encodes."""
+        return self.device.partition(":")[0] != "cpu"
 
 
 @dataclass(frozen=True)
@@ -125,10 +132,12 @@ class Plan:
 class Written:
     """A finished export: the plan it follows, its files, each tensor's sha256 if asked for, and the time.
 
-    `tensor_hashes` are taken of the bytes on their way to the disk, by the checkpoint's names.
+    `tensor_hashes` are taken of the bytes on their way to the disk, by the checkpoint's names; `n_reused`
+    counts the bytes that an interrupted run had made.
     """
 
     plan: Plan
     paths: tuple[Path, ...]
     tensor_hashes: Mapping[str, str]
     seconds: float
+    n_reused: int = 0

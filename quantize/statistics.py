@@ -30,9 +30,9 @@ from dataclasses import dataclass
 
 import torch
 
-from quantize.products import linear
+from quantize.products import add_columns_product_
 
-_LEAST_PANEL, _PANELS = 128, 8
+_LEAST_PANEL, _MOST_PANEL, _PANELS = 128, 1024, 8
 _STEPS = 32767
 _MASKED = 1 << 22  # elements of a triangle's rows that are packed at a time
 
@@ -69,7 +69,7 @@ class SecondMoment:
 
     def __init__(self, n_columns: int, device: torch.device, diagonal_only: bool = False) -> None:
         self.n_columns, self.n_tokens = n_columns, 0
-        self.width = max(_LEAST_PANEL, -(-n_columns // _PANELS))
+        self.width = min(max(_LEAST_PANEL, -(-n_columns // _PANELS)), _MOST_PANEL)
         self.panels: list[torch.Tensor] = []
         self.squares = torch.zeros(n_columns if diagonal_only else 0, device=device)
         for start in range(0, 0 if diagonal_only else n_columns, self.width):
@@ -82,10 +82,9 @@ class SecondMoment:
         if not self.panels:
             self.squares += inputs.square().sum(0)
             return
-        columns = inputs.T.contiguous()  # (K, n): both sides of a product have their sums along rows
-        for number, panel in enumerate(self.panels):
-            rest = columns[number * self.width :]
-            panel += linear(rest[: len(panel)], rest)
+        columns = inputs.T.contiguous()
+        for number, panel in enumerate(self.panels if len(inputs) else ()):
+            add_columns_product_(panel, columns, number * self.width)
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the sums themselves, for a reduction over ranks."""

@@ -121,6 +121,7 @@ class _Builder:
         self.projects = projects_of(self.texts.documents)
         self.queue = in_turns(self.texts.documents, self.options.seed)
         self.used: set[int] = set()
+        self.leftovers: list[tuple[Document, str]] = []
         self.left = self.options.n_rows * self.length
 
     def rows(self) -> Iterator[TokenRow]:
@@ -248,9 +249,10 @@ class _Builder:
             return
         for document in list(self._unused()):
             draws = Draws(self.options.seed, f"infill/{document.name}")
-            ids = infill_row(self.tokenizer, document.text, self.length, draws)
-            if ids is not None:
-                yield self._row(ids, "infill", (document,))
+            infill = infill_row(self.tokenizer, document.text, self.length, draws)
+            if infill is not None:
+                self.leftovers.append((document, document.text[infill.end :]))
+                yield self._row(infill.ids, "infill", (document,))
 
     def _chat(self) -> Iterator[TokenRow]:
         if not self.options.shares.chat:
@@ -270,10 +272,11 @@ class _Builder:
                 yield TokenRow(torch.tensor(ids[: self.length], dtype=torch.int64), "chat", name)
 
     def _completion(self) -> Iterator[TokenRow]:
-        """The first piece of every unused document, then the second pieces, and so on."""
+        """The first piece of every unused document, then second pieces and what infill left, and so on."""
         pieces = [(document, document.text) for document in self._unused()]
-        while pieces:
-            rest = []
+        leftovers = self.leftovers
+        while pieces or leftovers:
+            rest, leftovers = leftovers, []
             for document, text in pieces:
                 head = head_of(self.tokenizer, text, self.length - len(self.tokenizer.encode("")))
                 ids = self.tokenizer.encode(head)

@@ -30,6 +30,14 @@ class Hole:
     suffix: str
 
 
+@dataclass(frozen=True)
+class Infill:
+    """The ids of an infill, and where its window ends in the text: what is behind is still unused."""
+
+    ids: list[int]
+    end: int
+
+
 def has_marks(vocabulary: Vocabulary) -> bool:
     """Whether the model has all three marks of an infill."""
     return None not in (vocabulary.fim_prefix, vocabulary.fim_suffix, vocabulary.fim_middle)
@@ -76,8 +84,8 @@ def end_of_text(vocabulary: Vocabulary) -> int | None:
     return vocabulary.eos_id
 
 
-def infill_row(tokenizer: CheckpointTokenizer, text: str, limit: int, draws: Draws) -> list[int] | None:
-    """Return the ids of an infill of a window of `text`, at most `limit` ids; None for a text too short.
+def infill_row(tokenizer: CheckpointTokenizer, text: str, limit: int, draws: Draws) -> Infill | None:
+    """Return an infill of a window of `text`, at most `limit` ids; None for a text too short.
 
     The window begins at a line's beginning and is between a quarter of the limit and the limit long.
     """
@@ -89,5 +97,5 @@ def infill_row(tokenizer: CheckpointTokenizer, text: str, limit: int, draws: Dra
             return None
         ids = infill_ids(tokenizer, cut_hole(window, draws))
         if SHORTEST <= len(ids) <= limit:
-            return ids
+            return Infill(ids, start + len(window))
     return None

@@ -17,6 +17,11 @@ from converters.plan import ConvertOptions, Plan, Request
 class Writer(Protocol):
     """Files being written under temporary names: after the last row `flush`, then `commit`; or `abort`."""
 
+    @property
+    def n_reused(self) -> int:
+        """Bytes that an interrupted run had made already."""
+        ...
+
     def put(self, name: str, first_row: int, rows: torch.Tensor) -> torch.Tensor:
         """Encode rows (n, K) of a tensor and write them; return the bytes, uint8 (n, row_bytes).
 
@@ -34,7 +39,11 @@ class Writer(Protocol):
         ...
 
     def abort(self) -> None:
-        """Remove what was written; harmless after `commit`."""
+        """Leave what was written for a later run, where that can use it; harmless after `commit`."""
+        ...
+
+    def discard(self) -> None:
+        """Remove what was written: no run can go on from there."""
         ...
 
 

@@ -9,19 +9,19 @@ first weight is read, and tensors can be written at their offsets in any order.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from converters.checkpoint import Checkpoint
-from converters.disk import PartialFile, rename_all
+from converters.disk import rename_all
 from converters.gguf_file import head_bytes, padded, shard_name
-from converters.imatrix import Importances
+from converters.journal import JournaledFile, slice_key
 from converters.names import gguf_name, is_rotary, permute
 from converters.plan import ConvertOptions, FilePlan, Plan, Request, TensorPlan
 from converters.targets.gguf_fields import add_split_fields, bare_fields, gguf_fields
 from converters.targets.gguf_types import GgufTypes
 from quantize.codecs import codec
+from quantize.codecs.encoder import Encoder, encoding_gpus
 from quantize.errors import PlanError
 from quantize.recipes import ALIASES, RECIPES, Choice
 
@@ -87,49 +87,74 @@ class GgufTarget:
 
     def open_writer(self, plan: Plan, options: ConvertOptions) -> "GgufWriter":
         """Create the files under temporary names, with their heads in place."""
-        return GgufWriter(plan, options.folder, options.importances)
+        return GgufWriter(plan, options)
 
 
 class GgufWriter:
     """The files of one plan, being written."""
 
-    def __init__(self, plan: Plan, folder: Path, importances: Importances | None) -> None:
-        """Create every file in its full length; raises OutputError and leaves none when one fails."""
+    def __init__(self, plan: Plan, options: ConvertOptions) -> None:
+        """Create every file in its full length, or go on with an interrupted run's; raises OutputError."""
         self._plan = plan
-        self._importances = {} if importances is None else importances.rows
-        self._files: list[PartialFile] = []
+        self._importances = {} if options.importances is None else options.importances.rows
+        self._encoder = Encoder(encoding_gpus(options.device))
+        self._files: list[JournaledFile] = []
         try:
             for file in plan.files:
-                self._files.append(PartialFile(folder / file.name, file.n_bytes))
-                self._files[-1].write(0, file.head)
+                self._files.append(JournaledFile(options.folder / file.name, file.head, file.n_bytes))
         except BaseException:
             self.abort()
             raise
 
+    @property
+    def n_reused(self) -> int:
+        """Bytes that an interrupted run had made."""
+        return sum(file.n_reused for file in self._files)
+
     def put(self, name: str, first_row: int, rows: torch.Tensor) -> torch.Tensor:
         """Encode whole heads or rows (n, K), in GGUF's order of rows, and write them at their offset."""
+        tensor, file = self._plan.by_name[name], self._files[self._plan.by_name[name].file]
+        kind, importance = codec(tensor.quant), self._importances.get(name)
+        offset = tensor.offset + first_row * kind.row_bytes(rows.shape[1])
+        if not kind.uses_importance:
+            blocks = self._encoded(name, rows)
+            file.file.write(offset, blocks.numpy().data.cast("B"))
+            return blocks
+        key = slice_key(rows, kind.name, tensor.row_step if is_rotary(name) else 0, importance)
+        found = file.reuse(key, offset)
+        if found is not None:
+            return found.reshape(len(rows), -1)
+        blocks = self._encoded(name, rows)
+        file.write(key, offset, blocks.numpy().data.cast("B"))
+        return blocks
+
+    def _encoded(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         tensor = self._plan.by_name[name]
         # The row step of q and k is a head: rows change places within it alone.
         ordered = permute(rows, tensor.row_step) if is_rotary(name) else rows
         # Importances are of columns, which keep their order.
-        blocks = codec(tensor.quant).encode(ordered, self._importances.get(name))
-        offset = tensor.offset + first_row * blocks.shape[1]
-        self._files[tensor.file].write(offset, blocks.numpy().data.cast("B"))
-        return blocks
+        return self._encoder.encode(codec(tensor.quant), ordered, self._importances.get(name))
 
     def flush(self) -> None:
         """Wait until the disk has everything."""
         for file in self._files:
-            file.flush()
+            file.file.flush()
 
     def commit(self) -> None:
         """Give all files their final names; nothing stays under them when one of the renames fails."""
-        rename_all(self._files)
+        rename_all([file.file for file in self._files])
+        for file in self._files:
+            file.forget()
 
     def abort(self) -> None:
-        """Remove the temporary files; harmless after `commit`."""
+        """Leave the temporary files for the next run, but for those without use to it."""
         for file in self._files:
-            file.abandon()
+            file.leave()
+
+    def discard(self) -> None:
+        """Remove the temporary files."""
+        for file in self._files:
+            file.discard()
 
 
 @dataclass(frozen=True)

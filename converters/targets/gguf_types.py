@@ -13,6 +13,7 @@ tensor: in llama-quantize they shift the layers that a recipe counts.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,14 +70,14 @@ class GgufTypes:
         return [*self._useless_overrides(), *self._unfit_options(), *self._missing_importances()]
 
     def notes(self) -> list[str]:
-        """Return what the overrides did, and which matrices the importances serve."""
+        """Return what the overrides did, which matrices the importances serve, and what no GPU encodes."""
         notes = [
             f"override {pattern}={quant}: {len(self._overridden(number))} tensors"
             for number, (pattern, quant) in enumerate(self.options.tensor_types)
         ]
         if self.options.importances is not None:
             notes += self._importance_notes()
-        return notes
+        return notes + (self._device_notes() if self.options.on_gpu else [])
 
     def importance_users(self) -> list[str]:
         """Return the names of the tensors whose bytes depend on the importances that there are."""
@@ -173,6 +174,11 @@ class GgufTypes:
         users = set(self.importance_users())
         return [name for name in self._searched() if name not in users]
 
+    def _device_notes(self) -> list[str]:
+        counts = Counter(self.choices[name].quant for name in self._searched())
+        slow = [f"{quant} ({n} tensors)" for quant, n in counts.items() if not codec(quant).gains_from_gpu]
+        return [f"encoded on the CPU, for no search of a GPU is there: {', '.join(slow)}"] if slow else []
+
     def _missing_importances(self) -> Iterator[str]:
         """Yield, once for each role and type, the matrices that need importances which are not there."""
         groups: dict[tuple[str, str], list[str]] = {}
@@ -191,7 +197,7 @@ class GgufTypes:
             return f"{role}, which an imatrix seldom has: give it another type, {options[role]} Q4_K"
         which = f"{role} of {len(names)} layer{'s' if len(names) > 1 else ''}"
         if self.options.importances is None:
-            return f"{which}: give one with --imatrix, or choose Q2_K, IQ3_S or a larger recipe"
+            return f"{which}: give one with --imatrix, make one with --calibrate, or choose a larger recipe"
         return f"{which}: {self.options.importances.file} has no entry for {_some(names)}"
 
     def _importance_notes(self) -> Iterator[str]:

@@ -7,7 +7,10 @@ from quantize.codecs import floats, i_quants, iq4, k_quants, legacy, other
 from quantize.codecs.base import CODECS, Codec
 from quantize.errors import UsageError
 
-__all__ = ["CODECS", "Codec", "codec", "floats", "i_quants", "iq4", "k_quants", "legacy", "other"]
+__all__ = ["CODECS", "ENCODING", "Codec", "codec", "floats", "i_quants", "iq4", "k_quants", "legacy", "other"]
+
+ENCODING = 1
+"""The version of all encoders together: raised when any of them writes other bytes than before."""
 
 # The more bits, the earlier: the order in which users meet the types.
 for _kind in sorted(CODECS.values(), key=lambda kind: -kind.block_bytes / kind.block_size):

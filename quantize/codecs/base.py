@@ -42,6 +42,11 @@ class Codec(ABC):
         if "name" in vars(cls):
             CODECS[cls.name] = cls()
 
+    @property
+    def gains_from_gpu(self) -> bool:
+        """Whether `encode` has work for a GPU, and does it on the device of the rows."""
+        return False
+
     def row_bytes(self, n_columns: int) -> int:
         """Return the bytes of one row; `n_columns` must be a multiple of `block_size`."""
         return n_columns // self.block_size * self.block_bytes

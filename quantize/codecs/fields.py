@@ -15,6 +15,11 @@ from quantize.codecs.base import Codec
 from quantize.errors import UsageError
 
 
+def on_cpu(rows: torch.Tensor) -> bool:
+    """Return whether the compiled searches can reach the rows."""
+    return rows.device.type == "cpu"
+
+
 def _nothing() -> torch.Tensor:
     return torch.empty(0)
 
@@ -42,12 +47,16 @@ class FieldCodec(Codec):
 
     uses_importance = True
 
+    @property
+    def gains_from_gpu(self) -> bool:
+        """Whether the type has a search in torch operations; the other one runs on the CPU alone."""
+        return type(self).search_tensors is not FieldCodec.search_tensors
+
     def encode(self, rows: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """Return the packed fields that the search finds, on the device of the rows."""
         weights = self._importance(rows, importance)
         rows = rows.float().contiguous()
-        on_cpu = rows.device.type == "cpu"
-        fields = self.search(rows, weights) if on_cpu else self.search_tensors(rows, weights)
+        fields = (self.search if on_cpu(rows) else self.search_tensors)(rows, weights)
         return self.pack(fields).reshape(len(rows), self.row_bytes(rows.shape[1]))
 
     def decode(self, blocks: torch.Tensor, n_columns: int) -> torch.Tensor:

@@ -188,12 +188,15 @@ class Q8_0(Codec):
     name, ggml_type, file_type = "Q8_0", 8, 7
     block_size, block_bytes = 32, 34
     overflow = 65520.0 * 127
+    gains_from_gpu = True
 
     def encode(self, rows: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """Return the blocks: d = largest magnitude / 127, code = x / d."""
         x = rows.float().reshape(-1, self.block_size)  # (blocks, 32)
         d = over(x.abs().amax(dim=1, keepdim=True), 127.0)  # (blocks, 1)
-        scaled = x * _inverse(d)
+        inverse = _inverse(d)
+        # All codes are zero where the inverse of a tiny d is infinite; casts of infinities are not portable.
+        scaled = x * inverse.masked_fill_(inverse.isinf(), 0)
         blocks = torch.empty(len(x), self.block_bytes, dtype=torch.uint8, device=rows.device)
         blocks[:, :2] = d.half().view(torch.uint8)
         rounded = scaled.add_(torch.copysign(_ALMOST_HALF.to(rows.device), scaled))

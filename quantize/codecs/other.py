@@ -92,7 +92,8 @@ class NVFP4(_ReadOnly):
     def _values(self, blocks: torch.Tensor) -> torch.Tensor:
         scales = blocks[:, :4].int()
         exponent, mantissa = (scales >> 3) & 15, (scales & 7).float()
-        normal = torch.ldexp(1 + mantissa / 8, exponent - 7)
+        # The bits of 2^(exponent - 7), for a GPU's `ldexp` goes by way of a power that it rounds.
+        normal = (1 + mantissa / 8) * (exponent + 120 << 23).view(torch.float32)
         scale = torch.where(exponent == 0, mantissa * 2.0**-9, normal)
         # All bits set is no number; gguf-py reads it as zero, and so does ggml.
         scale = torch.where((scales == 0) | (scales == 0x7F), 0.0, scale) * 0.5

@@ -21,7 +21,7 @@ def over(numerator: Tensor | float, denominator: Tensor | float) -> Tensor:
     """Divide in float32, correctly rounded; one of the two is a tensor and says where."""
     device = (numerator if isinstance(numerator, Tensor) else torch.as_tensor(denominator)).device
     above, below = (
-        side if isinstance(side, Tensor) else torch.tensor(side, dtype=torch.float32, device=device)
+        side if isinstance(side, Tensor) else torch.full((), side, dtype=torch.float32, device=device)
         for side in (numerator, denominator)
     )
     return torch.div(above, below)
@@ -33,8 +33,12 @@ def root(values: Tensor) -> Tensor:
 
 
 def nearest(values: Tensor) -> Tensor:
-    """Round to the nearest integer, ties to even, as int32 (ggml `nearest_int`, also outside its domain)."""
-    return ((values + 12582912.0).view(torch.int32) & 0x7FFFFF) - 0x400000
+    """Round to the nearest integer, ties to even, as int32 (ggml `nearest_int`, also outside its domain).
+
+    What is no number gives 0: the bits of a NaN are a CPU's own, and a GPU's are others.
+    """
+    shifted = (values + 12582912.0).nan_to_num_(12582912.0, torch.inf, -torch.inf)
+    return (shifted.view(torch.int32) & 0x7FFFFF) - 0x400000
 
 
 def _rung(first: float, step: float, k: int, top: int) -> float:

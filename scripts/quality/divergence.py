@@ -57,21 +57,35 @@ class Reference:
         self.lengths = [len(row) for row in self.rows]
         self.states = cached(cache / f"{self.key}.states", lambda: torch.cat(self.model.hidden(self.rows)))
 
-    def divergence(self, path: Path) -> torch.Tensor:
-        """Return KL(checkpoint || file) in nats, f32 (tokens,), of a GGUF's weights at every position."""
-        return cached(self.cache / f"{self.key}-{digest(path)}.kl", lambda: self._measure(path))
+    def divergences(self, paths: Sequence[Path]) -> list[torch.Tensor]:
+        """Return KL(checkpoint || file) in nats, f32 (tokens,), of each GGUF's weights at every position.
+
+        The checkpoint's logits are made once for all files that are not in the cache yet.
+        """
+        places = [self.cache / f"{self.key}-{digest(path)}.kl" for path in paths]
+        missing = [(path, place) for path, place in zip(paths, places, strict=True) if not place.exists()]
+        if missing:
+            found = self._measure([path for path, _ in missing])
+            for (_, place), divergence in zip(missing, found, strict=True):
+                cached(place, lambda divergence=divergence: divergence)  # type: ignore[misc]
+        return [torch.load(place, weights_only=True) for place in places]
 
     @torch.inference_mode()
-    def _measure(self, path: Path) -> torch.Tensor:
+    def _measure(self, paths: Sequence[Path]) -> list[torch.Tensor]:
+        others = [self._other(path) for path in paths]
+        parts: list[list[torch.Tensor]] = [[] for _ in others]
+        for start, end in chunks(len(self.states), POSITIONS):
+            log_p = torch.log_softmax(self.model.logits(self.states[start:end]), dim=-1)
+            p = log_p.exp()
+            for (model, states), kept in zip(others, parts, strict=True):
+                log_q = torch.log_softmax(model.logits(states[start:end]), dim=-1)
+                kept.append((p * (log_p - log_q)).sum(-1))
+        return [torch.cat(kept) for kept in parts]
+
+    def _other(self, path: Path) -> tuple[ReferenceModel, torch.Tensor]:
         file = open_gguf(path)
-        other = ReferenceModel(file.config, file.weights)
-        states = torch.cat(other.hidden(self.rows))
-        parts = []
-        for start, end in chunks(len(states), POSITIONS):
-            pair = self.model.logits(self.states[start:end]), other.logits(states[start:end])
-            log_p, log_q = (torch.log_softmax(logits, dim=-1) for logits in pair)
-            parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
-        return torch.cat(parts)
+        model = ReferenceModel(file.config, file.weights)
+        return model, torch.cat(model.hidden(self.rows))
 
     def by_row(self, divergence: torch.Tensor) -> torch.Tensor:
         """Return each row's mean, f64 (rows,): what the bootstrap draws from."""

@@ -264,7 +264,6 @@ def test_completion_knows_the_targets(make_checkpoint: MakeCheckpoint) -> None:
     "option",
     [
         ("--require-proof",),
-        ("--device", "cpu"),
         ("--probe-tokens", 500),
         ("--llama-lib", __file__),
     ],
@@ -284,6 +283,19 @@ def test_what_the_proof_lacks_shows_before_anything_is_written(
     done = run("convert", make_checkpoint(), "--to", "gguf:F16", "-o", tmp_path / "o", *option)
     assert done.code == 2, done.err
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "gpu"])
+@pytest.mark.parametrize("option", ["--no-proof", "--dry-run"])
+def test_a_device_that_cannot_encode_shows_without_a_proof_too(
+    run: Run, make_checkpoint: MakeCheckpoint, tmp_path: Path, device: str, option: str
+) -> None:
+    to = ("--to", "gguf:F16", "-o", tmp_path / "o", option)
+    done = run("convert", make_checkpoint(), *to, "--device", device)
+    assert done.code == 2, done.err
+    assert f"device {device!r}" in done.err
+    assert not (tmp_path / "o").exists()
+    assert run("convert", tmp_path / "tiny", *to, "--device", "cpu", "--quiet").code == 0
 
 
 def test_a_log_in_ascii_is_no_obstacle(make_checkpoint: MakeCheckpoint) -> None:

@@ -169,7 +169,8 @@ def test_floats_have_no_mix_and_no_overrides() -> None:
 
 def test_types_that_need_an_imatrix_are_refused_all_at_once() -> None:
     assert types("IQ2_M").faults() == [
-        f"IQ2_S needs an imatrix: {role}: give one with --imatrix, or choose Q2_K, IQ3_S or a larger recipe"
+        f"IQ2_S needs an imatrix: {role}: give one with --imatrix, make one with --calibrate, "
+        "or choose a larger recipe"
         for role in ("attn_q of 8 layers", "attn_k of 8 layers", "ffn_gate of 8 layers", "ffn_up of 8 layers",
                      "ffn_down of 7 layers")
     ]  # fmt: skip

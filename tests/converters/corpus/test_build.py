@@ -1,6 +1,7 @@
 """The rows of a corpus: the budget, the kinds, what every row must and must not hold."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -205,3 +206,15 @@ def test_no_share_for_anything_that_the_model_has_is_an_error(demo: Model) -> No
         "no infill rows: the model has no marks for them; their share goes to nobody, as completion has none"
     )
     assert error.value.reasons == (told,)
+
+
+def test_a_small_text_is_used_up(build: Build, demo: Model, tmp_path: Path) -> None:
+    """What an infill's window leaves of a file becomes completion rows, and no line is in two rows."""
+    lines = [f"value_{i} = compute({i})\n" for i in range(2000)]
+    (tmp_path / "a.py").write_text("".join(lines))
+    corpus = build(tmp_path / "a.py", n_long=0, shares=Shares(repository=0, chat=0))
+    assert set(corpus.identity["kinds"]) == {"completion", "infill"}
+    assert corpus.identity["kinds"]["completion"]["rows"] >= 2
+    told = [re.findall(r"compute\((\d+)\)", demo[0].decode(row.ids.tolist())) for row in corpus.rows]
+    numbers = [number for row in told for number in row]
+    assert len(numbers) == len(set(numbers)) > 500

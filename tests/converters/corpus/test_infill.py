@@ -66,7 +66,7 @@ def test_rows_hold_the_text_of_their_file(demo: Model, demo_corpus: Corpus) -> N
 def test_a_row_is_at_most_the_limit(demo: Model) -> None:
     for limit in (64, 100, 333):
         made = [infill_row(demo[0], TEXT, limit, Draws(0, str(i))) for i in range(20)]
-        lengths = [len(ids) for ids in made if ids is not None]
+        lengths = [len(infill.ids) for infill in made if infill is not None]
         assert len(lengths) >= 15 and min(lengths) >= 32 and max(lengths) <= limit
 
 

@@ -1,0 +1,61 @@
+"""Encoding where it is fastest: on one device, or slice after slice on several in turn.
+
+A search has two forms with the same bits: compiled for the CPU, and in torch operations for a GPU. Which one
+encodes is decided here for each type. Those that have no second form (IQ1 to IQ3), and those that only copy,
+are encoded on the CPU whatever the device: for them a GPU would be a detour. Rows are independent, so the
+bytes do not depend on how many devices there are or on which of them took which slice.
+"""
+
+from itertools import cycle
+from threading import BoundedSemaphore
+
+import torch
+
+from quantize.codecs.base import Codec
+from quantize.errors import DscqError, UsageError
+from quantize.reference import usable_device
+
+# On each device: while one slice is searched, the next one travels. More would only take memory.
+_SLICES_PER_DEVICE = 2
+
+
+def encoding_gpus(name: str) -> tuple[torch.device, ...]:
+    """Return the GPUs that the name of a device means: none for `cpu`, all there are for `cuda`.
+
+    Raises UsageError for a device that is not there or on which types are not searched.
+    """
+    device = usable_device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r}: quant types are encoded on cpu and cuda devices")
+    if device.type == "cpu":
+        return ()
+    numbers = range(torch.cuda.device_count()) if device.index is None else [device.index]
+    return tuple(torch.device("cuda", number) for number in numbers)
+
+
+class Encoder:
+    """Encodes rows that lie on the CPU, on `gpus` where the type gains from it; from any thread."""
+
+    def __init__(self, gpus: tuple[torch.device, ...] = ()) -> None:
+        """Take the GPUs that `encoding_gpus` returned; without any, all is encoded on the CPU."""
+        places = [(gpu, BoundedSemaphore(_SLICES_PER_DEVICE)) for gpu in gpus]
+        # `next` of a cycle is one step of the interpreter: threads need no lock.
+        self._places = cycle(places) if gpus else None
+
+    def encode(self, kind: Codec, rows: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the blocks, uint8 (N, row_bytes), on the CPU; see `Codec.encode`.
+
+        Raises DscqError, beside what that raises, where a device has too little memory or fails.
+        """
+        if self._places is None or not kind.gains_from_gpu:
+            return kind.encode(rows, importance)
+        device, room = next(self._places)
+        with room:
+            try:
+                return kind.encode(rows.to(device), importance).cpu()
+            except torch.OutOfMemoryError as error:
+                hint = "free memory of the GPU, or use --device cpu"
+                raise DscqError(f"{device}: too little memory to encode {kind.name}", hint=hint) from error
+            except torch.AcceleratorError as error:
+                cause = str(error).splitlines()[0]
+                raise DscqError(f"device {device} failed: {cause}", hint="use --device cpu") from error
