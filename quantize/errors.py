@@ -6,6 +6,7 @@
     ├── TokenizerError                    the tokenizer: missing, or not recognised
     ├── ImatrixError                      the imatrix: unreadable, or made from another model
     ├── CalibrationError                  the calibration met activations that are not finite
+    ├── HessianError                      a Hessian that cannot be factored, even damped
     ├── ArchiveError                      the statistics archive: damaged, of another model or another run
     ├── CorpusError                       the calibration text: unreadable, or too little of it
     ├── PlanError                         what was asked cannot be made from this checkpoint
@@ -59,6 +60,10 @@ class ImatrixError(DscqError):
 
 class CalibrationError(DscqError):
     """The calibration met activations that are not finite numbers; names layer, input and row."""
+
+
+class HessianError(DscqError):
+    """A Hessian is not finite, or cannot be factored whatever the damping; `reasons` holds every attempt."""
 
 
 class ArchiveError(DscqError):

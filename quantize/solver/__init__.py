@@ -1,0 +1,16 @@
+"""Error-compensated rounding: codes on a given grid with the smallest loss in a linear's output.
+
+For inputs x with the Hessian H = E[x xᵀ], an error W - Ŵ costs tr((W - Ŵ) H (W - Ŵ)ᵀ). Rows of W are
+independent; within a row, the errors of correlated columns can cancel, and that is all that is done here.
+
+    factor       H damped, ordered and factored once for all linears that share an input
+    grid         what the codes of a group stand for: scale * level + base
+    compensate   column after column, each error handed on to the columns to come (GPTQ)
+    scales       search of a group's scale and zero-point, by the loss that compensation would leave
+    descend      coordinate descent on the exact loss, over codes and over scales
+    target       weights that make up for inputs which earlier layers' errors have moved
+    linears      all of these for the linears of one input, with an effort to choose
+    kernels      the inner loops over columns on the CPU
+
+Nothing here knows a file format: GPTQ's groups, ggml's blocks and EXL2's rows are all such grids.
+"""
