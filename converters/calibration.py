@@ -6,13 +6,15 @@ imatrix   the archive's diagonals, in llama.cpp's own formats, for whoever wants
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from converters.choices import OpenChoices, opened
 from converters.terminal import Terminal
-from quantize.errors import UsageError
+from quantize.errors import ArchiveError, DscqError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
@@ -40,6 +42,7 @@ class CalibrateChoices(OpenChoices):
     diagonal_only: bool
     add: Path | None
     fresh: bool
+    force: bool
     on_nonfinite: Literal["stop", "drop"]
     imatrix_out: tuple[Path, ...]
     show_rows: int | None
@@ -52,31 +55,69 @@ def calibrate(terminal: Terminal, choices: CalibrateChoices) -> None:
 
     for path in choices.imatrix_out:
         check_imatrix_name(path)
+        check_free(path, force=choices.force)
     _use_threads(choices)
     options = _corpus_options(choices)
     checkpoint = opened(terminal, choices, choices.source, headers_only=choices.show_rows is not None)
+    _refuse_source(checkpoint, choices.imatrix_out)
     corpus = build_rows(terminal, checkpoint, options)
     if choices.show_rows is not None:
-        for line in show_rows(corpus, checkpoint.tokenizer, n_rows=choices.show_rows or None):
-            terminal.result(line)
+        lines = list(show_rows(corpus, checkpoint.tokenizer, n_rows=choices.show_rows or None))
+        _report(terminal, lines, {"rows": lines})
         return
     archive = gather(terminal, checkpoint, corpus, _calibrate_options(choices))
+    written = list(choices.imatrix_out) if rank() == 0 else []
+    for path in written:
+        write_diagonals(archive, path)
+    facts = {"archive": str(archive.folder), "n_tokens": archive.manifest.n_tokens}
+    _report(terminal, [f"wrote {path}" for path in written], facts)
+
+
+def _report(terminal: Terminal, lines: list[str], document: dict[str, object]) -> None:
+    """Print the result, of several ranks the first one's alone."""
     if rank() == 0:
-        for path in choices.imatrix_out:
-            write_diagonals(archive, path)
-            terminal.result(f"wrote {path}")
-    terminal.document({"archive": str(archive.folder), "n_tokens": archive.manifest.n_tokens})
+        for line in lines:
+            terminal.result(line)
+        terminal.document(document)
+
+
+def check_free(path: Path, *, force: bool = False) -> None:
+    """Raise OutputError for a file that would be overwritten, or whose folder is not there."""
+    if path.exists() and not force:
+        raise OutputError(f"{path}: exists; nothing is overwritten", hint="use --force, or another name")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: {path.parent} is no folder", hint="make it first")
+
+
+def _refuse_source(checkpoint: "Checkpoint", paths: tuple[Path, ...]) -> None:
+    """Raise OutputError for a file that is being read, which not even --force may replace."""
+    for path in paths:
+        if path.exists() and any(path.samefile(source) for source in checkpoint.source_files):
+            raise OutputError(f"{path}: is being read", hint="write the imatrix under another name")
 
 
 def _use_threads(choices: OpenChoices) -> None:
+    """Let torch use the threads asked for, or this rank's share of the machine's cores."""
     import torch
 
-    torch.set_num_threads(choices.n_threads)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(choices.threads or max(choices.n_threads // ranks_here, 1))
 
 
 def rank() -> int:
-    """Return this process's number among those that torchrun started; the first alone says and writes."""
-    return int(os.environ.get("RANK", "0"))
+    """Return this process's number among those that torchrun started; the first alone says and writes.
+
+    Raises UsageError for an environment that names a number of ranks and not this one's.
+    """
+    count, number = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK")
+    if count == "1":
+        return 0
+    if number is None or not (count.isdecimal() and number.isdecimal()):
+        raise UsageError(
+            f"WORLD_SIZE is {count!r} and RANK is {number!r}: not what torchrun sets",
+            hint="start several ranks with torchrun, or unset both",
+        )
+    return int(number)
 
 
 def _corpus_options(choices: CalibrateChoices) -> "CorpusOptions":
@@ -154,7 +195,7 @@ def gather(
     """Return the archive of the checkpoint over the rows, made or already there."""
     from converters.stats.run import calibrate_checkpoint
 
-    with terminal.stages("blocks") as report:
+    with terminal.stages("blocks") as report, _explained(options.device):
         archive = calibrate_checkpoint(
             checkpoint,
             corpus.rows,
@@ -166,6 +207,21 @@ def gather(
     if rank() == 0:
         terminal.result(f"archive {archive.folder}: {archive.manifest.n_tokens:,} tokens, {n_bytes:,} bytes")
     return archive
+
+
+@contextmanager
+def _explained(device: str) -> Iterator[None]:
+    """Turn a device's failure into a DscqError that says what to do."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        hint = "use --device cpu, or shorter rows: --length 1024 --long-rows 0"
+        raise DscqError(f"{device}: too little memory to calibrate", hint=hint) from error
+    except torch.AcceleratorError as error:
+        cause = str(error).splitlines()[0]
+        raise DscqError(f"device {device} failed: {cause}", hint="use --device cpu") from error
 
 
 def write_diagonals(archive: "Archive", path: Path) -> None:
@@ -180,13 +236,34 @@ def write_diagonals(archive: "Archive", path: Path) -> None:
     write_imatrix(path, entries, corpus, chunk, -(-n_tokens // chunk))
 
 
-def archived_importances(folder: Path, checkpoint: "Checkpoint") -> "Importances":
-    """Return the importances of an archive that must be the checkpoint's own; raises ArchiveError."""
+def archived_importances(
+    folder: Path, checkpoint: "Checkpoint", *, headers_only: bool = False
+) -> "Importances":
+    """Return the importances of an archive that must be the checkpoint's own; raises ArchiveError.
+
+    With `headers_only` no weight is read, and only the model's figures and shapes are compared.
+    """
     from converters.stats.archive import open_archive
 
     archive = open_archive(folder)
-    archive.check_model(checkpoint)
+    archive.check_model(checkpoint, values=not headers_only)
     return archive.importances()
+
+
+def expected_importances(checkpoint: "Checkpoint") -> "Importances":
+    """Return what a calibration will give, its numbers aside: to plan and to check with before the work."""
+    import torch
+
+    from converters.imatrix import Importances
+    from quantize.llama import EMBEDDING
+
+    shapes = {name: shape for name, shape in checkpoint.config.tensor_shapes().items() if len(shape) > 1}
+    rows = {
+        name: torch.ones(shape[1])
+        for name, shape in shapes.items()
+        if name != EMBEDDING or checkpoint.config.tied_head
+    }
+    return Importances(rows, IN_OUTPUT, "built-in", 0)
 
 
 def calibrated_importances(
@@ -201,4 +278,8 @@ def calibrated_importances(
     terminal.say(f"--calibrate: statistics on the built-in text, in {folder}; use them again with --stats")
     corpus = build_rows(terminal, checkpoint, CorpusOptions())
     options = CalibrateOptions(folder, device=choices.device or "cpu")
-    return gather(terminal, checkpoint, corpus, options).importances()
+    try:
+        return gather(terminal, checkpoint, corpus, options).importances()
+    except ArchiveError as error:
+        hint = f"give that archive with --stats {folder}, write elsewhere with -o, or remove {folder}"
+        raise ArchiveError(error.message, reasons=error.reasons, hint=hint) from error

@@ -110,6 +110,7 @@ def convert(quiet: bool, as_json: bool, **chosen: Any) -> None:
     type=click.Path(path_type=Path),
     help="Write the diagonals as llama.cpp's imatrix too: .gguf or .dat.",
 )
+@click.option("--force", is_flag=True, help="Overwrite the files of --imatrix-out.")
 @click.option("--device", help="Where the forward runs: cpu (the default), cuda, cuda:1.")
 @ROW_OPTIONS
 @SOURCE_OPTIONS
@@ -160,8 +161,9 @@ def verify(quiet: bool, as_json: bool, **chosen: Any) -> None:
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Draw an archive's figures over the layers: .png, .svg."
 )
+@click.option("--force", is_flag=True, help="Overwrite the file of --plot.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
-def inspect(path: Path, tensors: bool, plot: Path | None, as_json: bool) -> None:
+def inspect(path: Path, tensors: bool, plot: Path | None, force: bool, as_json: bool) -> None:
     """Show what a GGUF, a checkpoint folder or a statistics archive holds, and what is wrong with it.
 
     \b
@@ -170,7 +172,7 @@ def inspect(path: Path, tensors: bool, plot: Path | None, as_json: bool) -> None
       dscq inspect ./model --tensors
       dscq inspect stats/ --plot stats.svg
     """
-    commands.inspect(Terminal(as_json=as_json), path, list_tensors=tensors, plot=plot)
+    commands.inspect(Terminal(as_json=as_json), path, list_tensors=tensors, plot=plot, force=force)
 
 
 @dscq.command()
@@ -190,7 +192,7 @@ def completion(shell: str) -> None:
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    """Turn a scheduler's SIGTERM into the same clean unwinding as Ctrl-C: no partial file stays."""
+    """Turn a scheduler's SIGTERM into the same clean unwinding as Ctrl-C."""
     raise KeyboardInterrupt
 
 
@@ -209,7 +211,7 @@ def main() -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        terminal.say("interrupted: no unfinished file stands under its name; the same command goes on")
+        terminal.say("interrupted: no unfinished file stands under its name")
         sys.exit(INTERRUPTED)
     except DscqError as error:
         terminal.error(error)

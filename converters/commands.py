@@ -69,8 +69,17 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     requests = [parse_request(text) for text in choices.targets]
     options = _convert_options(choices)
     checkpoint = opened(terminal, choices, choices.source, choices.name, headers_only=choices.dry_run)
-    options = replace(options, importances=_importances(terminal, choices, checkpoint))
+    options = replace(options, importances=_importances(choices, checkpoint))
     plans = plan_exports(checkpoint, requests, options)
+    verifier = None
+    if not (choices.no_proof or choices.dry_run):
+        from converters.prove import prove_written, ready_verifier
+
+        # Before the work starts: a device or a library that is not there must not show after an hour.
+        verifier = ready_verifier(checkpoint, choices)
+    if choices.calibrate:
+        options = _calibrated(terminal, choices, checkpoint, plans, options)
+        plans = plan_exports(checkpoint, requests, options)
     for plan in plans:
         _say_plan(terminal, plan)
     if choices.dry_run:
@@ -78,16 +87,12 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
 
         show_dry_run(terminal, checkpoint, plans, options)
         return
-    if choices.no_proof:
-        written = _write(terminal, checkpoint, plans, options)
-        files = [str(path) for one in written for path in one.paths]
-        terminal.document({"files": files, "proof": "skipped by --no-proof"})
+    written = _write(terminal, checkpoint, plans, options)
+    if verifier is not None:
+        prove_written(terminal, verifier, written)
         return
-    from converters.prove import prove_written, ready_verifier
-
-    # Before the work starts: a device or a library that is not there must not show after an hour.
-    verifier = ready_verifier(checkpoint, choices)
-    prove_written(terminal, verifier, _write(terminal, checkpoint, plans, options))
+    files = [str(path) for one in written for path in one.paths]
+    terminal.document({"files": files, "proof": "skipped by --no-proof"})
 
 
 def _convert_options(choices: ConvertChoices) -> "ConvertOptions":
@@ -113,22 +118,38 @@ def _convert_options(choices: ConvertChoices) -> "ConvertOptions":
     )
 
 
-def _importances(
-    terminal: Terminal, choices: ConvertChoices, checkpoint: "Checkpoint"
-) -> "Importances | None":
-    """Return what the searches are weighed with, from wherever the user said; None to round plainly."""
-    from converters.calibration import archived_importances, calibrated_importances
+def _importances(choices: ConvertChoices, checkpoint: "Checkpoint") -> "Importances | None":
+    """Return what the searches are weighed with, from wherever the user said; None to round plainly.
+
+    For `--calibrate` it is what will be measured, its numbers aside: enough to plan and to check with.
+    """
+    from converters.calibration import archived_importances, expected_importances
     from converters.imatrix import read_importances
 
-    if choices.rounding == "plain":
-        return None
     if choices.imatrix is not None:
         return read_importances(choices.imatrix, checkpoint.config)
     if choices.stats is not None:
-        return archived_importances(choices.stats, checkpoint)
-    return (
-        calibrated_importances(terminal, checkpoint, choices, choices.output) if choices.calibrate else None
-    )
+        return archived_importances(choices.stats, checkpoint, headers_only=choices.dry_run)
+    return expected_importances(checkpoint) if choices.calibrate else None
+
+
+def _calibrated(
+    terminal: Terminal,
+    choices: ConvertChoices,
+    checkpoint: "Checkpoint",
+    plans: Sequence["Plan"],
+    options: "ConvertOptions",
+) -> "ConvertOptions":
+    """Return the options with measured importances; what can be refused is refused before the measuring."""
+    from converters.calibration import calibrated_importances
+    from converters.pipeline import check_destination, read_licences
+    from quantize.codecs import codec
+
+    if not any(codec(tensor.quant).uses_importance for plan in plans for tensor in plan.tensors):
+        raise UsageError("--calibrate: no type that was asked for looks at importances")
+    check_destination(plans, options, checkpoint.source_files)
+    read_licences(checkpoint)
+    return replace(options, importances=calibrated_importances(terminal, checkpoint, choices, choices.output))
 
 
 def verify(terminal: Terminal, choices: VerifyChoices) -> None:
@@ -209,12 +230,15 @@ def _write(
     return written
 
 
-def inspect(terminal: Terminal, path: Path, *, list_tensors: bool, plot: Path | None) -> None:
+def inspect(terminal: Terminal, path: Path, *, list_tensors: bool, plot: Path | None, force: bool) -> None:
     """Describe a GGUF, a checkpoint folder or a statistics archive; what is wrong with it comes last."""
+    from converters.calibration import check_free
     from converters.inspect import inspect_path
     from converters.stats.manifest import NAME
 
     if (path / NAME).is_file():
+        if plot is not None:
+            check_free(plot, force=force)
         _inspect_archive(terminal, path, plot)
         return
     if plot is not None:

@@ -96,14 +96,14 @@ class JournaledFile:
         """Remove what served to go on: for a file that has its final name."""
         self._close()
         with explained(self.file.path):
-            for path in _helpers(self._partial):
+            for path in _beside(self._partial):
                 path.unlink(missing_ok=True)
             if not self._noted:
                 keys_path(self.file.path).unlink(missing_ok=True)
 
     def leave(self) -> None:
         """Leave everything for a later run, or nothing where nothing was noted; harmless after `forget`."""
-        if any(path.exists() for path in _helpers(self._partial)):
+        if any(path.exists() for path in _beside(self._partial)):
             self._close()
             self.file.leave()
         else:
@@ -114,7 +114,7 @@ class JournaledFile:
         self.file.abandon()
         self._close()
         with explained(self.file.path):
-            for path in _helpers(self._partial):
+            for path in _beside(self._partial):
                 path.unlink(missing_ok=True)
 
     def _close(self) -> None:
@@ -150,7 +150,7 @@ def remove_other_shards(path: Path) -> None:
 def _remove_leftover(partial: Path) -> None:
     held = open_locked(partial)
     try:
-        for leftover in (partial, *_helpers(partial)):
+        for leftover in (partial, *_beside(partial)):
             leftover.unlink(missing_ok=True)
     finally:
         os.close(held)
@@ -187,5 +187,5 @@ def _old(partial: Path) -> Path:
     return partial.with_name(partial.name + OLD)
 
 
-def _helpers(partial: Path) -> tuple[Path, ...]:
+def _beside(partial: Path) -> tuple[Path, ...]:
     return journal_path(partial), _old(partial), journal_path(_old(partial))

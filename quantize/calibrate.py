@@ -72,6 +72,7 @@ class Calibration:
         self.ranks = ranks if ranks is not None else Ranks()
         self.rows = share_out(lengths, self.ranks.count)[self.ranks.number]
         self.lengths = [lengths[row] for row in self.rows]
+        self.n_rows = len(lengths)
         self.dropped: list[Dropped] = []
 
     @property
@@ -109,10 +110,11 @@ class Calibration:
         config = self.model.config
         moments = self._moments({HEAD_INPUT: config.hidden_size})
         watch = _Watch(config.n_layers, moments)
-        for pack in self._packs():
-            states_of_pack = states.read(pack.start, pack.end).to(self.model.device)
-            watch.begin(pack)
-            watch(HEAD_INPUT, self.model.final_norm(states_of_pack), 0)
+        with full_f32():
+            for pack in self._packs():
+                states_of_pack = states.read(pack.start, pack.end).to(self.model.device)
+                watch.begin(pack)
+                watch(HEAD_INPUT, self.model.final_norm(states_of_pack), 0)
         self._finish(watch)
         return moments[HEAD_INPUT]
 
@@ -150,6 +152,8 @@ class Calibration:
         if faults and not self.settings.drop_nonfinite:
             raise _not_finite(faults, [])
         self.dropped += faults
+        if self.dropped and len(self.dropped) == self.n_rows:
+            raise _not_finite(self.dropped, ["that was the last row: nothing is left to calibrate on"])
         for name, moment in watch.moments.items():
             self.ranks.sum_(moment.tensors())
             moment.n_tokens = sum(self.ranks.gather(moment.n_tokens))

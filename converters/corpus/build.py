@@ -219,6 +219,8 @@ class _Builder:
         if not self.options.shares.completion:
             return
         for document in sorted(self._unused(), key=lambda d: -len(d.text)):
+            if id(document) in self.used:  # by a repository row that was made meanwhile
+                continue
             ids = self._whole(document.text, limit)
             if len(ids) <= TRAINED_REACH:
                 return

@@ -14,6 +14,7 @@ from converters.corpus.texts import Conversation, Document, language_of
 from quantize.errors import CorpusError
 
 _SHAPES: Final = "expected text, content, instruction with output, or messages"
+_HALF: Final = "half of a surrogate pair, which is no text"
 _MOST_REASONS: Final = 5
 _ROLES: Final = ("system", "user", "assistant")
 
@@ -72,12 +73,17 @@ def _made(record: Any, number: int, file: str) -> Document | Conversation | str:
     if record.get("messages") is not None:
         return _conversation(record["messages"], number, file)
     if "instruction" in record and "output" in record:
-        wish = "\n".join(filter(None, (record["instruction"], record.get("input"))))
+        parts = (record["instruction"], record.get("input") or "")
+        if not all(isinstance(part, str) for part in parts):
+            return "an instruction or input that is not text"
+        wish = "\n".join(part for part in parts if part)
         turns = [{"role": "user", "content": wish}, {"role": "assistant", "content": record["output"]}]
         return _conversation(turns, number, file)
     text = record.get("text", record.get("content"))
     if not isinstance(text, str):
         return f"found {', '.join(map(str, record)) or 'nothing'}; {_SHAPES}"
+    if not _is_unicode(text):
+        return _HALF
     path = record.get("path") if isinstance(record.get("path"), str) else f"record {number}"
     return Document(text, str(path), language_of(str(record.get("path") or "")), file)
 
@@ -90,4 +96,15 @@ def _conversation(messages: Any, number: int, file: str) -> Conversation | str:
             return f"a message without a role of {', '.join(_ROLES)}"
         if not isinstance(message.get("content"), str):
             return "a message whose content is not text"
+        if not _is_unicode(message["content"]):
+            return _HALF
     return Conversation(tuple(messages), f"{file}: record {number}", file)
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text can be encoded: JSON can spell half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

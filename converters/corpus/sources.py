@@ -135,10 +135,12 @@ def _walk(folder: Path, skipped: _Skipped) -> Iterator[Path]:
         if path.name.startswith(".") or path.is_symlink():
             continue
         if path.is_dir():
-            if path.name not in _SKIPPED_FOLDERS:
+            if path.name not in _SKIPPED_FOLDERS and path.name.isprintable():
                 yield from _walk(path, skipped)
         elif path.is_file():
-            if path.stat().st_size > HUGE_FILE:
+            if not path.name.isprintable():  # bytes that are no text come as lone surrogates
+                skipped.add("with a name that is not text")
+            elif path.stat().st_size > HUGE_FILE:
                 skipped.add("over 1 MiB")
             else:
                 yield path

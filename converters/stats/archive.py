@@ -81,9 +81,12 @@ class Archive:
         kinds = tuple(self.manifest.kinds[number] for number in tensors["kinds"].tolist())
         return Rows(tensors["ids"], tensors["lengths"], kinds)
 
-    def check_model(self, checkpoint: Checkpoint) -> None:
-        """Raise ArchiveError, with every reason, unless this is the model that was calibrated."""
-        if reasons := differences(self.manifest.request.model, fingerprint(checkpoint)):
+    def check_model(self, checkpoint: Checkpoint, *, values: bool = True) -> None:
+        """Raise ArchiveError, with every reason, unless this is the model that was calibrated.
+
+        Without `values` only figures and shapes are compared, and no weight is read.
+        """
+        if reasons := differences(self.manifest.request.model, fingerprint(checkpoint, values=values)):
             raise ArchiveError(
                 f"{self.folder}: statistics of another model than {checkpoint.provenance.name}",
                 reasons=reasons,

@@ -1,5 +1,6 @@
 """What `dscq inspect` says of a statistics archive: facts, a row for each input of each block, and a plot."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,9 +85,12 @@ def _places(archive: Archive) -> Iterator[tuple[int, str, str, str]]:
 
 def archive_document(archive: Archive, rows: list[InputRow]) -> dict[str, Any]:
     """Return everything as plain data for `--json`."""
-    return {"path": str(archive.folder), "kind": "statistics archive", "facts": archive_facts(archive)} | {
-        "inputs": [asdict(row) for row in rows]
-    }
+    inputs = [asdict(row) for row in rows]
+    for row in inputs:  # JSON has no name for what no number is
+        seen = row["portrait"]
+        row["portrait"] = {key: v if v is None or math.isfinite(v) else None for key, v in seen.items()}
+    head = {"path": str(archive.folder), "kind": "statistics archive", "facts": archive_facts(archive)}
+    return head | {"inputs": inputs}
 
 
 def check_plot(path: Path) -> None:

@@ -23,6 +23,8 @@ from converters.stats.fingerprint import differences
 from quantize.errors import ArchiveError
 
 NAME = "stats.json"
+PROGRESS = "progress.json"
+"""What there is in place of the manifest while a run is not finished."""
 FORMAT, VERSION = "dscq-statistics", 1
 _HINT = "calibrate again with --fresh"
 
@@ -35,6 +37,15 @@ class Member:
     sha256: str
 
 
+_HOW = ("device", "micro_batch", "ranks")
+
+
+def _short(value: object) -> str:
+    """Return a value as text, of a long one how much it holds."""
+    text = repr(value)
+    return f"{len(value)} entries" if isinstance(value, list | dict) and len(text) > 80 else text
+
+
 @dataclass(frozen=True)
 class Request:
     """What is calibrated and how, made of what JSON has: any difference makes another archive."""
@@ -44,16 +55,20 @@ class Request:
     rows_sha256: str
     options: Mapping[str, Any]
 
-    def changes(self, now: "Request") -> list[str]:
-        """Return every difference from this request, which was begun, to `now`."""
+    def changes(self, now: "Request", *, made: bool = False) -> list[str]:
+        """Return every difference from this request, which was begun, or `made`, to `now`.
+
+        Of an archive that is made it no longer matters on what and in what portions it was computed.
+        """
         changes = [f"model: {reason}" for reason in differences(self.model, now.model)]
         for what, begun, asked in (
             ("corpus", self.corpus, now.corpus),
             ("option", self.options, now.options),
         ):
             for key in sorted(begun.keys() | asked.keys()):
-                if begun.get(key) != asked.get(key):
-                    changes.append(f"{what} {key}: {asked.get(key)!r}, begun with {begun.get(key)!r}")
+                if begun.get(key) != asked.get(key) and not (made and key in _HOW):
+                    here, there = _short(asked.get(key)), _short(begun.get(key))
+                    changes.append(f"{what} {key}: {here}, begun with {there}")
         if self.rows_sha256 != now.rows_sha256:
             changes.append("corpus: the rows are others")
         return changes
@@ -99,6 +114,8 @@ def _document(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         what = "no statistics archive" if path.parent.is_dir() else "no such folder"
         hint = "make one with dscq calibrate"
+        if (path.parent / PROGRESS).exists():
+            what, hint = "its calibration was interrupted", "the same dscq calibrate command goes on with it"
         raise ArchiveError(f"{path.parent}: {what}: {NAME} is missing", hint=hint) from None
     except OSError as error:
         raise ArchiveError(f"{path}: cannot be read: {error.strerror}") from None

@@ -83,7 +83,7 @@ def prepare(
     made = read_manifest(options.folder).request if (options.folder / manifest.NAME).exists() else None
     earlier = made or (begun.request if begun is not None else None)
     request = _request(model, gathered, identity, options, n_ranks, base, earlier)
-    if earlier is not None and (changes := earlier.changes(request)):
+    if earlier is not None and (changes := earlier.changes(request, made=made is not None)):
         what = "holds an archive of another request" if made else "was begun with another request"
         hint = "use another folder, or start over with --fresh"
         raise ArchiveError(f"{options.folder}: {what}", reasons=changes, hint=hint)

@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from converters.disk import explained, open_locked, write_whole
-from converters.stats.manifest import Member, Request, parse_request
+from converters.stats.manifest import PROGRESS, Member, Request, parse_request
 from quantize.calibrate import Dropped
 from quantize.errors import ArchiveError
 
-NAME, LOCK = "progress.json", "calibrate.lock"
+NAME, LOCK = PROGRESS, "calibrate.lock"
 
 
 @dataclass(frozen=True)

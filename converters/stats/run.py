@@ -65,7 +65,7 @@ def calibrate_checkpoint(
     if options.micro_batch is not None and options.micro_batch < 1:
         raise UsageError(f"a micro-batch of {options.micro_batch} tokens; at least one is needed")
     check_rows(rows, checkpoint.config)
-    device = rank_device(usable_device(options.device))
+    device = usable_device(str(rank_device(torch.device(options.device))))
     with joined_ranks(device) as ranks, ExitStack() as stack:
         together = _Together(ranks)
         together.do(lambda: stack.enter_context(_taken(options.folder)))
@@ -115,7 +115,8 @@ class _Run:
         number, n_layers = self.together.ranks.number, self.model.config.n_layers
         stem = self.folder / f"{STATES}{number}"
         n_tokens, hidden = self.calibration.n_tokens, self.model.config.hidden_size
-        with FileStates(stem, n_tokens, hidden, self.progress.side) as states:
+        side, begun = self.progress.side, self.task.begun
+        with FileStates(stem, n_tokens, hidden, side, begun=begun) as states:
             if not self.task.begun:
                 self.calibration.embed(self.task.rows.split(), states)
                 self._note(replace(self.progress, side=states.side))

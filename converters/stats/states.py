@@ -14,16 +14,25 @@ from typing import Self
 import torch
 
 from converters.disk import explained
+from quantize.errors import ArchiveError
 
 
 class FileStates:
     """`States` in `<stem>.0` and `<stem>.1`; `side` is the one that is read."""
 
-    def __init__(self, stem: Path, n_tokens: int, hidden_size: int, side: int = 0) -> None:
-        """Open both files, or create them; raises OutputError."""
+    def __init__(
+        self, stem: Path, n_tokens: int, hidden_size: int, side: int = 0, *, begun: bool = False
+    ) -> None:
+        """Open both files, or create them; raises OutputError.
+
+        With `begun` the side that is read is an earlier run's: raises ArchiveError where it is not whole.
+        """
         self.side, self.hidden_size = side, hidden_size
         self.paths = state_paths(stem)
-        self._files = [self._open(path, n_tokens * hidden_size * 4) for path in self.paths]
+        n_bytes = n_tokens * hidden_size * 4
+        if begun:
+            _check_whole(self.paths[side], n_bytes)
+        self._files = [self._open(path, n_bytes) for path in self.paths]
 
     def read(self, start: int, end: int) -> torch.Tensor:
         """Return a copy of the tokens start..end, f32 (n, hidden_size); raises OutputError."""
@@ -70,6 +79,16 @@ class FileStates:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             os.ftruncate(file, n_bytes)
         return file
+
+
+def _check_whole(path: Path, n_bytes: int) -> None:
+    """Raise ArchiveError for missing or short states: they would be read as zeros."""
+    found = path.stat().st_size if path.is_file() else 0
+    if found != n_bytes:
+        raise ArchiveError(
+            f"{path}: the hidden states of an interrupted run: {found} bytes, expected {n_bytes}",
+            hint="put the file back, or start over with --fresh",
+        )
 
 
 def state_paths(stem: Path) -> list[Path]:

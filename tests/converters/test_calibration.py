@@ -171,3 +171,95 @@ def test_a_plot_needs_an_archive_and_a_known_suffix(demo_folder: Path, stats: Pa
     )
     odd = run("inspect", stats, "--plot", tmp_path / "a.bmp")
     assert "expected a name that ends in .png or .svg" in str(odd.exception)
+
+
+def test_nothing_is_overwritten_without_force(demo_folder: Path, stats: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "there.gguf"
+    taken.write_bytes(b"somebody's")
+    arguments = ("calibrate", demo_folder, *ROWS, "-o", stats, "--imatrix-out", taken)
+    assert f"{taken}: exists; nothing is overwritten" in str(run(*arguments).exception)
+    assert taken.read_bytes() == b"somebody's"
+    assert run(*arguments, "--force").exit_code == 0
+    assert taken.read_bytes()[:4] == b"GGUF"
+    nowhere = tmp_path / "no" / "a.dat"
+    refused = run("calibrate", demo_folder, *ROWS, "-o", tmp_path / "new", "--imatrix-out", nowhere)
+    assert "is no folder" in str(refused.exception)
+    assert not (tmp_path / "new").exists()
+    picture = tmp_path / "a.svg"
+    picture.touch()
+    assert "nothing is overwritten" in str(run("inspect", stats, "--plot", picture).exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--to", "gguf:IQ2_XS", "--tensor-type", "nothing=Q6_K"), "no matrix is left that it matches"),
+        (("--to", "gguf:F16"), "--calibrate: no type that was asked for looks at importances"),
+        (("--to", "gguf:IQ2_XS", "--llama-lib", "FILE"), "libllama"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_the_calibration(
+    demo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    def too_late(*_: object) -> None:
+        raise AssertionError("calibrated before all was checked")
+
+    monkeypatch.setattr("converters.calibration.gather", too_late)
+    library = tmp_path / "libllama.so"
+    library.write_bytes(b"none")
+    chosen = [str(library) if option == "FILE" else option for option in options]
+    result = run("convert", demo_folder, "--calibrate", "-o", tmp_path / "out", *chosen)
+    assert isinstance(result.exception, DscqError)
+    assert message in str(result.exception)
+
+
+def test_an_export_that_exists_is_refused_before_the_calibration(demo_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "demo-coder-IQ2_XS.gguf").touch()
+    arguments = ("convert", demo_folder, "--to", "gguf:IQ2_XS", "--no-proof", "--calibrate", "-o", tmp_path)
+    assert "nothing is overwritten" in str(run(*arguments).exception)
+    assert not (tmp_path / "stats").exists()
+
+
+def test_another_archive_in_the_output_is_not_replaced(
+    demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from converters.corpus import rows
+
+    assert run("calibrate", demo_folder, *ROWS, "--seed", "5", "-o", tmp_path / "stats").exit_code == 0
+    few = rows.CorpusOptions(n_rows=4, length=64, n_long=0)
+    monkeypatch.setattr(rows, "CorpusOptions", lambda: few)
+    arguments = ("convert", demo_folder, "--to", "gguf:IQ2_XS", "--no-proof", "--calibrate", "-o", tmp_path)
+    error = run(*arguments).exception
+    assert isinstance(error, ArchiveError)
+    assert "holds an archive of another request" in error.message
+    assert f"--stats {tmp_path / 'stats'}" in error.hint
+    assert max(map(len, error.reasons)) < 200
+
+
+def test_shown_rows_are_a_document_too(demo_folder: Path, tmp_path: Path) -> None:
+    result = run("calibrate", demo_folder, *ROWS, "--show-rows", "2", "--json", "-o", tmp_path / "stats")
+    assert json.loads(result.stdout)["rows"][0].startswith("=== row ")
+
+
+def test_only_the_first_rank_says_and_writes(
+    demo_folder: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from converters.calibration import rank
+
+    monkeypatch.setenv("RANK", "1")
+    assert rank() == 0  # one process alone, whatever is left in its environment
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert rank() == 1
+    monkeypatch.delenv("RANK")
+    with pytest.raises(UsageError, match="not what torchrun sets"):
+        rank()
+
+
+def test_an_interrupted_calibration_is_named(demo_folder: Path, stats: Path, tmp_path: Path) -> None:
+    (tmp_path / "progress.json").write_text("{}", "utf-8")
+    result = run("convert", demo_folder, "--to", "gguf:Q4_0", "--stats", tmp_path, "-o", tmp_path / "out")
+    assert "its calibration was interrupted" in str(result.exception)

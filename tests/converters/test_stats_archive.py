@@ -309,5 +309,7 @@ def test_rows_left_out_are_recorded(make_checkpoint: MakeCheckpoint, tmp_path: P
     archive = calibrate(source, tmp_path / "dropped", rows=rows, on_nonfinite="drop")
     assert archive.manifest.dropped == ((3, 0, "attention_input"),)
     assert archive.statistics(block_tensor(1, "mlp.up_proj")).n_tokens == 60
-    added = calibrate(source, tmp_path / "sum", rows=rows[3:], on_nonfinite="drop", add=archive.folder)
-    assert added.manifest.dropped == ((3, 0, "attention_input"), (4, 0, "attention_input"))
+    added = calibrate(source, tmp_path / "sum", rows=rows[2:], on_nonfinite="drop", add=archive.folder)
+    assert added.manifest.dropped == ((3, 0, "attention_input"), (5, 0, "attention_input"))
+    with pytest.raises(CalibrationError, match="nothing is left to calibrate on"):
+        calibrate(source, tmp_path / "none", rows=rows[3:], on_nonfinite="drop")

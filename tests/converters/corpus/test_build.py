@@ -218,3 +218,20 @@ def test_a_small_text_is_used_up(build: Build, demo: Model, tmp_path: Path) -> N
     told = [re.findall(r"compute\((\d+)\)", demo[0].decode(row.ids.tolist())) for row in corpus.rows]
     numbers = [number for row in told for number in row]
     assert len(numbers) == len(set(numbers)) > 500
+
+
+def test_no_text_is_in_two_long_rows(build: Build, tmp_path: Path) -> None:
+    folders = []
+    for project in ("one", "two", "three"):
+        folder = tmp_path / project
+        folder.mkdir()
+        for name in ("a", "b"):
+            lines = (f"int {project}_{name}_{number} = {number};" for number in range(4000))
+            (folder / f"{name}.c").write_text("\n".join(lines))
+        folders.append(folder)
+    corpus = build(*folders, n_rows=40, n_long=6)
+    starts = [tuple(row.ids[40:200].tolist()) for row in corpus.rows if len(row.ids) > 4096]
+    assert len(starts) > 3 and len(set(starts)) == len(starts)
+    sources = [row.source for row in corpus.rows if len(row.ids) > 4096 and row.kind == "completion"]
+    joined = " ".join(row.source for row in corpus.rows if row.kind == "repository")
+    assert not [source for source in sources if source in joined]

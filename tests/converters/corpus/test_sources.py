@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,31 @@ def test_broken_records_are_told_with_their_numbers() -> None:
         "  - record 4: a message without a role of system, user, assistant",
         "  - record 6: messages is not a list of messages",
     ]
+
+
+def test_records_that_are_no_text_are_told() -> None:
+    lines = [
+        '{"instruction": 5, "output": "x"}',
+        '{"instruction": "a", "input": [1], "output": "x"}',
+        '{"text": "half \\ud800"}',
+        '{"messages": [{"role": "user", "content": "\\udfff"}]}',
+    ]
+    with pytest.raises(CorpusError) as error:
+        read_records(lines, "a.jsonl")
+    assert str(error.value).splitlines()[1:] == [
+        "  - record 1: an instruction or input that is not text",
+        "  - record 2: an instruction or input that is not text",
+        "  - record 3: half of a surrogate pair, which is no text",
+        "  - record 4: half of a surrogate pair, which is no text",
+    ]
+
+
+def test_files_whose_names_are_no_text_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "good.py").write_text("x = 1\n")
+    (tmp_path / os.fsdecode(b"bad\xff.py")).write_text("y = 1\n")
+    texts = read_sources([str(tmp_path)])
+    assert [document.path for document in texts.documents] == ["good.py"]
+    assert texts.notes == (f"{tmp_path}: files passed over: 1 with a name that is not text",)
 
 
 @pytest.fixture
