@@ -56,7 +56,6 @@ def calibrate(terminal: Terminal, choices: CalibrateChoices) -> None:
     for path in choices.imatrix_out:
         check_imatrix_name(path)
         check_free(path, force=choices.force)
-    _use_threads(choices)
     options = _corpus_options(choices)
     checkpoint = opened(terminal, choices, choices.source, headers_only=choices.show_rows is not None)
     _refuse_source(checkpoint, choices.imatrix_out)
@@ -65,7 +64,7 @@ def calibrate(terminal: Terminal, choices: CalibrateChoices) -> None:
         lines = list(show_rows(corpus, checkpoint.tokenizer, n_rows=choices.show_rows or None))
         _report(terminal, lines, {"rows": lines})
         return
-    archive = gather(terminal, checkpoint, corpus, _calibrate_options(choices))
+    archive = gather(terminal, checkpoint, corpus, _calibrate_options(choices), _n_threads(choices))
     written = list(choices.imatrix_out) if rank() == 0 else []
     for path in written:
         write_diagonals(archive, path)
@@ -96,12 +95,10 @@ def _refuse_source(checkpoint: "Checkpoint", paths: tuple[Path, ...]) -> None:
             raise OutputError(f"{path}: is being read", hint="write the imatrix under another name")
 
 
-def _use_threads(choices: OpenChoices) -> None:
-    """Let torch use the threads asked for, or this rank's share of the machine's cores."""
-    import torch
-
+def _n_threads(choices: OpenChoices) -> int:
+    """Return the threads asked for, or this rank's share of the machine's cores."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(choices.threads or max(choices.n_threads // ranks_here, 1))
+    return choices.threads or max(choices.n_threads // ranks_here, 1)
 
 
 def rank() -> int:
@@ -190,12 +187,17 @@ def build_rows(terminal: Terminal, checkpoint: "Checkpoint", options: "CorpusOpt
 
 
 def gather(
-    terminal: Terminal, checkpoint: "Checkpoint", corpus: "Corpus", options: "CalibrateOptions"
+    terminal: Terminal,
+    checkpoint: "Checkpoint",
+    corpus: "Corpus",
+    options: "CalibrateOptions",
+    n_threads: int,
 ) -> "Archive":
     """Return the archive of the checkpoint over the rows, made or already there."""
     from converters.stats.run import calibrate_checkpoint
+    from converters.verify import torch_threads
 
-    with terminal.stages("blocks") as report, _explained(options.device):
+    with terminal.stages("blocks") as report, _explained(options.device), torch_threads(n_threads):
         archive = calibrate_checkpoint(
             checkpoint,
             corpus.rows,
@@ -273,13 +275,12 @@ def calibrated_importances(
     from converters.corpus.rows import CorpusOptions
     from converters.stats.prepare import CalibrateOptions
 
-    _use_threads(choices)
     folder = output / IN_OUTPUT
     terminal.say(f"--calibrate: statistics on the built-in text, in {folder}; use them again with --stats")
     corpus = build_rows(terminal, checkpoint, CorpusOptions())
     options = CalibrateOptions(folder, device=choices.device or "cpu")
     try:
-        return gather(terminal, checkpoint, corpus, options).importances()
+        return gather(terminal, checkpoint, corpus, options, _n_threads(choices)).importances()
     except ArchiveError as error:
         hint = f"give that archive with --stats {folder}, write elsewhere with -o, or remove {folder}"
         raise ArchiveError(error.message, reasons=error.reasons, hint=hint) from error
