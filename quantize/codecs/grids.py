@@ -19,19 +19,19 @@ _NEAR = {"IQ2_XXS": 2, "IQ2_XS": 2, "IQ2_S": 1, "IQ3_XXS": 2, "IQ3_S": 3, "IQ1_S
 
 
 class Grid(NamedTuple):
-    """A grid for a search; G points of n weights, and codes packed with `bits` bits for each weight.
+    """A grid for a search; G points of n weights, and codes packed as digits to the base of the levels.
 
     `point` is the point of packed codes, or -1; then its neighbours are `members[first:last]`, the nearest
-    first. `terms` says for each member and weight where in a table (n, levels) the error of that weight at
-    that level lies. `levels` are the points' codes (G, n), `values` what a search takes the codes for.
+    first. `terms` (G, n) says for each point and weight where in a table (n, levels) the error of that weight
+    at that level lies. `levels` are the points' codes (G, n), `values` what a search takes the codes for.
     """
 
     levels: npt.NDArray[np.int8]
     values: npt.NDArray[np.float32]
-    point: npt.NDArray[np.int32]
+    point: npt.NDArray[np.int16]
     first: npt.NDArray[np.int32]
     last: npt.NDArray[np.int32]
-    members: npt.NDArray[np.int32]
+    members: npt.NDArray[np.uint16]
     terms: npt.NDArray[np.uint8]
 
 
@@ -54,11 +54,10 @@ def levels(name: str) -> npt.NDArray[np.int8]:
 def grid(name: str) -> Grid:
     """Return the grid of a type with its neighbours."""
     codes = levels(name)
-    bits = 2 if codes.shape[1] == 8 else 3
-    n_levels = 3 if bits == 2 else 8
+    n_levels = 3 if codes.shape[1] == 8 else 8
     # -1, 0, 1 for IQ1; odd numbers for the others: 1, 3, 5, ...
     shown = np.arange(-1, 2) if name == "IQ1_S" else 2 * np.arange(n_levels) + 1
-    return Grid(codes, shown.astype(np.float32), *native.neighbours(codes, bits, n_levels, _NEAR[name]))
+    return Grid(codes, shown.astype(np.float32), *native.neighbours(codes, n_levels, _NEAR[name]))
 
 
 # The first seven signs of eight weights, completed so that their number is even.

@@ -84,7 +84,7 @@ def _by(
 ) -> native.Search:
     """Return what IQ2_XS searches by; the others change single entries."""
     f = np.float32
-    return native.Search(n, 2, 2, reach, f(step), parity, f(tiny), f(factor), f(0), False, 0, True, f(fudge))
+    return native.Search(n, 2, reach, f(step), parity, f(tiny), f(factor), f(0), False, 0, True, f(fudge))
 
 
 class IQ2_XXS(_Signed):
@@ -161,7 +161,7 @@ class IQ3_XXS(_Signed):
     name, ggml_type, file_type = "IQ3_XXS", 18, 23
     block_bytes, n_subs = 98, 8
     overflow = 65504.0 * 16
-    search_by = _by(32, 15, 0.2, True, 1e-8, 2, 1.0125)._replace(bits=3, top=7)
+    search_by = _by(32, 15, 0.2, True, 1e-8, 2, 1.0125)._replace(top=7)
 
     def pack(self, fields: Fields) -> torch.Tensor:
         """Return d, points, and the words of signs and scale."""
@@ -187,7 +187,7 @@ class IQ3_S(_Signed):
     name, ggml_type, file_type = "IQ3_S", 21, 26
     block_bytes, n_subs = 110, 8
     overflow = 65504.0 * 16
-    search_by = _by(32, 9, 0.2, False, 0, 2, 1.033)._replace(bits=3, top=7, again=1, start_on_grid=False)
+    search_by = _by(32, 9, 0.2, False, 0, 2, 1.033)._replace(top=7, again=1, start_on_grid=False)
 
     def pack(self, fields: Fields) -> torch.Tensor:
         """Return the five parts of the layout."""

@@ -1,4 +1,9 @@
-"""Points of a grid: which of them are near a combination of codes, and which is nearest to weights."""
+"""Points of a grid: which of them are near a combination of codes, and which is nearest to weights.
+
+A search asks for neighbours millions of times, at combinations that nobody can foretell; what it asks must
+lie in the processor's nearest caches. So combinations are numbered without gaps, to the base of the number
+of levels, and a neighbour is the two bytes of its point, whose terms stand in a table of some kilobytes.
+"""
 
 from typing import Any
 
@@ -9,13 +14,11 @@ from quantize.codecs.native.compiled import inlined, native
 
 
 @native
-def _unpack(packed: int, bits: int, codes: Any) -> int:
-    """Set the codes of a packed combination and return the largest."""
-    largest = 0
+def _unpack(packed: int, n_levels: int, codes: Any) -> None:
+    """Set the codes of a packed combination: its digits, the lowest first."""
     for i in range(len(codes)):
-        codes[i] = (packed >> (bits * i)) & ((1 << bits) - 1)
-        largest = max(largest, codes[i])
-    return largest
+        codes[i] = packed % n_levels
+        packed //= n_levels
 
 
 @native
@@ -44,22 +47,23 @@ def _collect(distance: Any, bound: int, members: Any, start: int) -> int:
 
 
 @native
-def neighbours(levels: Any, bits: int, n_levels: int, near: int) -> Any:
-    """Return the arrays of `quantize.codecs.grids.Grid` behind `levels`, in its order."""
+def neighbours(levels: Any, n_levels: int, near: int) -> Any:
+    """Return the arrays of `quantize.codecs.grids.Grid` behind `values`, in its order."""
     n_points, n = levels.shape
-    size = 1 << (bits * n)
-    point = np.full(size, -1, np.int32)
+    size = n_levels**n
+    point = np.full(size, -1, np.int16)
     first, last = np.zeros(size, np.int32), np.zeros(size, np.int32)
     for j in range(n_points):
         packed = 0
         for i in range(n):
-            packed |= int(levels[j, i]) << (bits * i)
+            packed += int(levels[j, i]) * n_levels**i
         point[packed] = j
-    members, used = np.zeros(1 << 22, np.int32), 0
+    members, used = np.zeros(1 << 22, np.uint16), 0
     distance, codes = np.zeros(n_points, np.int64), np.zeros(n, np.int64)
     for packed in range(size):
-        if point[packed] >= 0 or _unpack(packed, bits, codes) >= n_levels:
+        if point[packed] >= 0:
             continue
+        _unpack(packed, n_levels, codes)
         for j in range(n_points):
             total = 0
             for i in range(n):
@@ -69,18 +73,17 @@ def neighbours(levels: Any, bits: int, n_levels: int, near: int) -> Any:
         first[packed] = used
         used += _collect(distance, _near_distance(distance, near), members, used)
         last[packed] = used
-    members = members[:used].copy()
-    return point, first, last, members, _terms(members, levels, n_levels)
+    return point, first, last, members[:used].copy(), _terms(levels, n_levels)
 
 
 @native
-def _terms(members: Any, levels: Any, n_levels: int) -> Any:
-    """Return uint8 (members, n): where in a table (n, levels) the term of each weight of a member lies."""
-    n = levels.shape[1]
-    terms = np.empty((len(members), n), np.uint8)
-    for j in range(len(members)):
+def _terms(levels: Any, n_levels: int) -> Any:
+    """Return uint8 (G, n): where in a table (n, levels) the term of each weight of a point lies."""
+    n_points, n = levels.shape
+    terms = np.empty((n_points, n), np.uint8)
+    for j in range(n_points):
         for i in range(n):
-            terms[j, i] = i * n_levels + levels[members[j], i]
+            terms[j, i] = i * n_levels + levels[j, i]
     return terms
 
 
@@ -97,14 +100,17 @@ def set_terms(
 
 
 @inlined
-def nearest_member(terms: Any, first: int, last: int, table: Floats) -> int:
-    """Return which of the members first..last-1 has the smallest sum of terms, the first of equals."""
-    best, chosen = np.float32(np.inf), first
+def nearest_member(terms: Any, members: Any, first: int, last: int, table: Floats) -> int:
+    """Return the point among members first..last-1 with the smallest sum of terms, the first of equals."""
+    best, chosen = np.float32(np.inf), int(members[first])
     wide = terms.shape[1] == 8
-    for j in range(first, last):
+    for place in range(first, last):
+        j = int(members[place])
+        # All terms of all members: a branch that leaves early is foretold wrongly too often to save time.
         error = table[terms[j, 0]] + table[terms[j, 1]] + table[terms[j, 2]] + table[terms[j, 3]]
-        if wide and error < best:
+        if wide:
             error = error + table[terms[j, 4]] + table[terms[j, 5]] + table[terms[j, 6]] + table[terms[j, 7]]
-        if error < best:
-            best, chosen = error, j
+        better = error < best
+        best = error if better else best
+        chosen = j if better else chosen
     return chosen

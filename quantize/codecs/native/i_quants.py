@@ -23,15 +23,14 @@ _HALF = np.float32(0.5)
 class Search(NamedTuple):
     """What the search of a type goes by.
 
-    `n` weights share a scale, a code has `bits` bits and is at most `top`; the ladder has rungs -reach..reach
-    of `step`, and `first_fit` takes its middle from a fit; `parity` stores seven signs of eight; below `tiny`
+    `n` weights share a scale, a code is at most `top`; the ladder has rungs -reach..reach of `step`, and
+    `first_fit` takes its middle from a fit; `parity` stores seven signs of eight; below `tiny`
     a sub-block is zero; `factor` is the variance's, and `floor` its share in weights without importances;
     `again` says which groups are rounded once more: 0 those off the grid, 1 all if one is off it, 2 all;
     `start_on_grid` what holds if no rung wins; `fudge` goes to d.
     """
 
     n: int
-    bits: int
     top: int
     reach: int
     step: Any
@@ -82,14 +81,14 @@ def _place(grid: Any, search: Any, x: Floats, roots: Floats, scale: Any, k: int,
     n, inverse, packed = grid.levels.shape[1], ONE / scale, 0
     for i in range(n):
         code = nearest(_HALF * (inverse * x[n * k + i] - ONE))
-        packed |= max(0, min(search.top, int(code))) << (search.bits * i)
+        packed += max(0, min(search.top, int(code))) * (search.top + 1) ** i
     if grid.point[packed] >= 0:
         return int(grid.point[packed])
     set_terms(x, roots, n * k, n, scale, grid.values, table)
-    return int(grid.members[nearest_member(grid.terms, grid.first[packed], grid.last[packed], table)])
+    return nearest_member(grid.terms, grid.members, grid.first[packed], grid.last[packed], table)
 
 
-def _climber(bits: int, n: int, n_levels: int) -> Any:
+def _climber(n: int, n_levels: int) -> Any:
     """Return the innermost loop of these types, for groups of `n` weights with `n_levels` levels.
 
     It places all groups at one rung of the ladder, and returns Σwqx and Σwq² of the points' values q. The
@@ -116,18 +115,19 @@ def _climber(bits: int, n: int, n_levels: int) -> Any:
     ) -> Any:
         scale, sum_qx, sum_qq = ONE / inverse, ZERO, ZERO
         for k in range(len(trial)):
-            packed = 0
+            packed, place = 0, 1
             for i in range(n):
                 code = nearest(_HALF * (inverse * x[n * k + i] - ONE))
-                packed |= max(0, min(n_levels - 1, int(code))) << (bits * i)
-            chosen = point[packed]
+                packed += max(0, min(n_levels - 1, int(code))) * place
+                place *= n_levels
+            chosen = int(point[packed])
             trial_on[k] = chosen >= 0
             if chosen < 0:
                 for i in range(n):
                     for level in range(n_levels):
                         miss = scale * values[level] - x[n * k + i]
                         table[i * n_levels + level] = roots[n * k + i] * miss * miss
-                chosen = members[nearest_member(terms, first[packed], last[packed], table)]
+                chosen = nearest_member(terms, members, first[packed], last[packed], table)
             trial[k] = chosen
             for i in range(n):
                 value = values[levels[chosen, i]]
@@ -139,8 +139,8 @@ def _climber(bits: int, n: int, n_levels: int) -> Any:
     return climb
 
 
-_climb_octets = _climber(2, 8, 3)
-_climb_quartets = _climber(3, 4, 8)
+_climb_octets = _climber(8, 3)
+_climb_quartets = _climber(4, 8)
 
 
 @native
@@ -169,7 +169,7 @@ def _search(
     levels, values, point, first, last, members, terms = grid
     for rung in range(-search.reach, search.reach + 1):
         inverse = (odd + np.float32(rung) * search.step) / largest
-        if search.bits == 2:
+        if search.top == 2:
             sum_qx, sum_qq = _climb_octets(
                 levels, values, point, first, last, members, terms,
                 x, weights, roots, inverse, trial, trial_on, table,

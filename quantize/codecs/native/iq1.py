@@ -67,14 +67,14 @@ def _snap(
     for k in range(len(points)):
         packed = 0
         for i in range(8):
-            packed |= int(codes[8 * k + i]) << (2 * i)
+            packed += int(codes[8 * k + i]) * 3**i
         points[k] = grid.point[packed]
         if points[k] < 0:
             moved = True
             for level in range(3):
                 values[level] = _level(level, deltas[k])
             set_terms(x, weights, 8 * k, 8, scale, values, table)
-            points[k] = grid.members[nearest_member(grid.terms, grid.first[packed], grid.last[packed], table)]
+            points[k] = nearest_member(grid.terms, grid.members, grid.first[packed], grid.last[packed], table)
     if not moved:
         return scale
     sum_qx, sum_qq = ZERO, ZERO
