@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from converters.places import Place
 from quantize.errors import CheckpointError, OutputError
 
 PARTIAL = ".partial"
@@ -96,6 +97,14 @@ class PartialFile:
             while view:
                 n_written = os.pwrite(self._file, view[:_WRITE_BYTES], offset)
                 view, offset = view[n_written:], offset + n_written
+
+    def scatter(self, places: Sequence[Place], data: memoryview) -> None:
+        """Write `data`, the bytes of the places one after the other, to where they belong."""
+        at = 0
+        for place in places:
+            for offset, within in place.runs():
+                self.write(offset, data[at + within : at + within + place.width])
+            at += place.n_bytes
 
     def flush(self) -> None:
         """Wait until the disk has everything; raises OutputError."""

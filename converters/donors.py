@@ -1,7 +1,7 @@
 """Slices that lie somewhere in the folder of exports already, found by what they were made of.
 
 A *key* is the digest of all that decides a slice's bytes (`slice_key`). Two kinds of text files say where the
-bytes of a key lie, a line each, as `key  offset  length  sha256 of the bytes`:
+bytes of a key lie, a line each, as `key  sha256 of the bytes  places` (`converters.places`):
 
     NAME.partial.journal   of a file that is being written, or was when its run was cut off
     .NAME.keys             of a finished file: hidden, for it is of no use to anyone but the next conversion
@@ -12,6 +12,7 @@ type. It does not matter either whether the lines are true: bytes that do not ha
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ from pathlib import Path
 
 import torch
 
+from converters.places import Piece, parse_place, read_places
 from quantize.codecs import ENCODING, Codec
 
 JOURNAL, KEYS = ".journal", ".keys"
 # Plain, these only round: a slice takes 1 to 3 ms, and 1.4 ms of hashing to be noted or found. All others
 # take 5 to 560 ms, these too where there are importances to search with (2^20 weights on one core).
 _ROUNDED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
-_LINE = re.compile(r"([0-9a-f]{64}) ([0-9]{1,15}) ([0-9]{1,15}) ([0-9a-f]{64})", re.ASCII)
+_LINE = re.compile(r"([0-9a-f]{64}) ([0-9a-f]{64}) ([0-9:]+(?: [0-9:]+)*)", re.ASCII)
 
 
 def is_noted(kind: Codec, importance: torch.Tensor | None) -> bool:
@@ -33,9 +35,16 @@ def is_noted(kind: Codec, importance: torch.Tensor | None) -> bool:
     return kind.uses_importance and not (importance is None and kind.name in _ROUNDED)
 
 
-def slice_key(rows: torch.Tensor, quant: str, order: int, importance: torch.Tensor | None) -> str:
-    """Return the digest of all that decides a slice's bytes; `order` says how its rows change places."""
-    digest = hashlib.sha256(f"{ENCODING} {quant} {order} {tuple(rows.shape)} {rows.dtype}".encode())
+def slice_key(
+    rows: torch.Tensor, quant: str, order: int, importance: torch.Tensor | None, rounding: str = ""
+) -> str:
+    """Return the digest of all that decides a slice's bytes.
+
+    `order` says how its rows change places, `rounding` names the Hessian that their errors are compensated
+    with and the settings of the solver.
+    """
+    decided = f"{ENCODING} {quant} {order} {tuple(rows.shape)} {rows.dtype} {rounding}"
+    digest = hashlib.sha256(decided.encode())
     for tensor in (rows, importance):
         if tensor is not None:
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
@@ -48,28 +57,22 @@ class Entry:
 
     key: str
     path: Path
-    offset: int
-    n_bytes: int
-    sha256: str
+    piece: Piece
 
     @property
     def line(self) -> str:
         """The entry as a line of a journal or of a file of keys."""
-        return f"{self.key} {self.offset} {self.n_bytes} {self.sha256}\n"
+        return " ".join([self.key, self.piece.sha256, *map(str, self.piece.places)]) + "\n"
 
     def read(self) -> bytearray | None:
         """Return the bytes, if they are there and what the entry says."""
         try:
             with self.path.open("rb") as file:
-                # Compared before room is made for it: the length may be any number.
-                if self.offset + self.n_bytes > self.path.stat().st_size:
-                    return None
-                data = bytearray(self.n_bytes)
-                file.seek(self.offset)
-                n_read = file.readinto(data)
+                size = os.fstat(file.fileno()).st_size
+                data = read_places(file.fileno(), self.piece.places, size)
         except OSError:
             return None
-        whole = n_read == self.n_bytes and hashlib.sha256(data).hexdigest() == self.sha256
+        whole = data is not None and hashlib.sha256(data).hexdigest() == self.piece.sha256
         return data if whole else None
 
 
@@ -79,8 +82,12 @@ def read_entries(listing: Path, path: Path) -> list[Entry]:
         lines = listing.read_text("ascii", errors="replace").split("\n")
     except OSError:
         return []
-    found = (_LINE.fullmatch(line) for line in lines)
-    return [Entry(m[1], path, int(m[2]), int(m[3]), m[4]) for m in found if m]
+    entries = []
+    for found in filter(None, map(_LINE.fullmatch, lines)):
+        places = [place for text in found[3].split(" ") if (place := parse_place(text)) is not None]
+        if len(places) == found[3].count(" ") + 1:
+            entries.append(Entry(found[1], path, Piece(tuple(places), found[2])))
+    return entries
 
 
 def journal_path(partial: Path) -> Path:
@@ -95,17 +102,21 @@ def keys_path(path: Path) -> Path:
 
 def keys_text(entries: Iterable[Entry]) -> bytes:
     """Return the content of a file of keys: in the order of the offsets, whatever the order of the work."""
-    return "".join(entry.line for entry in sorted(entries, key=lambda entry: entry.offset)).encode("ascii")
+    ordered = sorted(entries, key=lambda entry: entry.piece.places[0].offset)
+    return "".join(entry.line for entry in ordered).encode("ascii")
 
 
 class Donors:
     """All slices that a folder's exports have, finished and unfinished, when it is looked into."""
 
     def __init__(self, folder: Path) -> None:
-        """Read what is noted in `folder` now: what this run will write is not from an earlier one."""
-        journals = sorted(folder.glob(f"*{JOURNAL}"))
+        """Read what is noted in `folder` now: what this run will write is not from an earlier one.
+
+        An export may be a folder within it.
+        """
+        journals = sorted([*folder.glob(f"*{JOURNAL}"), *folder.glob(f"*/*{JOURNAL}")])
         listings = [(path, path.with_name(path.name.removesuffix(JOURNAL))) for path in journals]
-        keys = sorted(folder.glob(f".*{KEYS}"))
+        keys = sorted([*folder.glob(f".*{KEYS}"), *folder.glob(f"*/.*{KEYS}")])
         listings += [(path, path.with_name(path.name[1:].removesuffix(KEYS))) for path in keys]
         found = (entry for listing, path in listings for entry in read_entries(listing, path))
         self._entries = {entry.key: entry for entry in found}

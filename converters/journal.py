@@ -22,10 +22,9 @@ from pathlib import Path
 from threading import Lock
 from typing import TextIO
 
-import torch
-
 from converters.disk import PARTIAL, PartialFile, explained, open_locked, write_whole
 from converters.donors import JOURNAL, Donors, Entry, journal_path, keys_path, keys_text, read_entries
+from converters.places import Piece, Place
 from quantize.errors import OutputError
 
 OLD = ".old"
@@ -41,7 +40,7 @@ class JournaledFile:
         A `fresh` file begins anew. Raises OutputError; what a dead run left is there then as before.
         """
         self._partial = path.with_name(path.name + PARTIAL)
-        self._lock, self._noted = Lock(), dict[int, Entry]()
+        self._lock, self._noted = Lock(), dict[tuple[Place, ...], Entry]()
         with explained(path):
             stays = _step_aside(self._partial, head, n_bytes, fresh)
             self.file = PartialFile(path, n_bytes, keep=stays)
@@ -53,35 +52,41 @@ class JournaledFile:
             self.leave()
             raise
 
-    def reuse(self, key: str, offset: int, donors: Donors | None) -> torch.Tensor | None:
-        """Put the bytes of a key at `offset` and return them, uint8 (n,); None where there are none.
+    def reuse(self, key: str, places: tuple[Place, ...], donors: Donors | None) -> Piece | None:
+        """Put the bytes of a key where they belong, and return what is there; None where there are none.
 
         They are looked for in this file first, where they need not be written again, then at the donors.
         """
         entry = self._entries.get(key)
         data = None if entry is None else entry.read()
-        if entry is not None and data is not None and entry.offset == offset:
+        if entry is not None and data is not None and entry.piece.places == places:
             with self._lock:
-                self._noted[offset] = entry
-        else:
-            if data is None and donors is not None:
-                data = donors.find(key)
-            if data is None:
-                return None
-            self.write(key, offset, memoryview(data))
-        return torch.frombuffer(data, dtype=torch.uint8)
+                self._noted[places] = entry
+            return entry.piece
+        if data is None and donors is not None:
+            data = donors.find(key)
+        if data is None or len(data) != sum(place.n_bytes for place in places):
+            return None
+        return self.write(key, places, memoryview(data))
 
-    def write(self, key: str, offset: int, data: memoryview) -> None:
-        """Write the bytes of a key at `offset`, and note them; raises OutputError."""
-        self.file.write(offset, data)
-        entry = Entry(key, self._partial, offset, len(data), hashlib.sha256(data).hexdigest())
+    def put(self, places: tuple[Place, ...], data: memoryview, *, hashed: bool) -> Piece:
+        """Write bytes that are as quickly made again: they are not noted; raises OutputError."""
+        self.file.scatter(places, data)
+        return Piece(places, hashlib.sha256(data).hexdigest() if hashed else "")
+
+    def write(self, key: str, places: tuple[Place, ...], data: memoryview) -> Piece:
+        """Write the bytes of a key to their places, and note them; raises OutputError."""
+        self.file.scatter(places, data)
+        piece = Piece(places, hashlib.sha256(data).hexdigest())
+        entry = Entry(key, self._partial, piece)
         with self._lock, explained(self.file.path):
             if self._journal is None:
                 self._journal = journal_path(self._partial).open("a", encoding="ascii")
                 self._journal.write("\n")  # the line before may have been cut off
             self._journal.write(entry.line)
             self._journal.flush()
-            self._noted[offset] = entry
+            self._noted[places] = entry
+        return piece
 
     def flush(self) -> None:
         """Wait until the disk has everything, the keys included; raises OutputError.
@@ -180,7 +185,7 @@ def _noted(partial: Path) -> list[Entry]:
 
 
 def _size_noted(partial: Path) -> int:
-    return sum(entry.n_bytes for entry in _noted(partial))
+    return sum(entry.piece.n_bytes for entry in _noted(partial))
 
 
 def _old(partial: Path) -> Path:

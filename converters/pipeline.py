@@ -11,6 +11,8 @@ those that do not pass.
 """
 
 import hashlib
+import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -19,9 +21,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from converters.checkpoint import Checkpoint
-from converters.disk import PARTIAL, check_room, explained, readable, write_whole
+from converters.disk import check_room, explained, readable, write_whole
 from converters.donors import keys_path
 from converters.journal import goes_on, has_journal
+from converters.places import Piece, read_places
 from converters.plan import ConvertOptions, Plan, Request, Written
 from converters.stream import Export, OnEvent, TensorDone, stream
 from converters.targets import TARGETS
@@ -30,7 +33,6 @@ from quantize.errors import OutputError, PlanError
 __all__ = ["Reread", "TensorDone", "convert", "mark_failed", "plan_exports", "reread_hashes"]
 
 FAILED = ".failed"
-_CHUNK_BYTES = 1 << 22
 
 
 def convert(
@@ -54,7 +56,7 @@ def convert(
             writer = TARGETS[plan.request.format].open_writer(plan, options)
             stack.callback(writer.abort)
             exports.append(Export(plan, writer))
-        hashes = stream(checkpoint.weights, exports, options, on_event)
+        pieces = stream(checkpoint.weights, exports, options, on_event)
         for export in exports:
             export.writer.flush()
         write_licences(licences, checkpoint.provenance.name, options.folder)
@@ -62,17 +64,17 @@ def convert(
             export.writer.commit()
             remove_stale(export.plan, options.folder)
     seconds = time.monotonic() - started
-    paths = [tuple(options.folder / file.name for file in plan.files) for plan in plans]
     return [
-        _written(export, files, digests, seconds)
-        for export, files, digests in zip(exports, paths, hashes, strict=True)
+        _written(export, options.folder, found, seconds)
+        for export, found in zip(exports, pieces, strict=True)
     ]
 
 
-def _written(export: Export, paths: tuple[Path, ...], digests: Mapping[str, str], seconds: float) -> Written:
+def _written(export: Export, folder: Path, pieces: Mapping[str, Sequence[Piece]], seconds: float) -> Written:
     plan, reused = export.plan, export.writer.reused
     n_tensors = sum(reused.get(tensor.name) == tensor.n_bytes for tensor in plan.tensors)
-    return Written(plan, paths, digests, seconds, sum(reused.values()), n_tensors)
+    n_reused, notes = sum(reused.values()), export.writer.notes
+    return Written(plan, folder, pieces, seconds, n_reused, n_tensors, notes)
 
 
 def plan_exports(checkpoint: Checkpoint, requests: Sequence[Request], options: ConvertOptions) -> list[Plan]:
@@ -107,11 +109,11 @@ def check_destination(
 
     A file that is being read is never overwritten, with `force` neither.
     """
-    paths = [options.folder / file.name for plan in plans for file in plan.files]
+    paths = [path for plan in plans for path in plan.paths(options.folder)]
     with explained(options.folder):
         if options.folder.exists() and not options.folder.is_dir():
             raise OutputError(f"{options.folder}: a file; -o takes a folder")
-        there = [f"{path.name} exists" for path in paths if path.exists()]
+        there = [f"{path.name} exists" for plan in plans for path in _taken(plan, options.folder)]
         own = [p.name for p in paths if any(p.exists() and p.samefile(s) for s in source_files)]
     if own:
         raise OutputError(
@@ -121,7 +123,7 @@ def check_destination(
         )
     if there and not options.force:
         raise OutputError(f"{options.folder}: nothing is overwritten", reasons=there, hint="use --force")
-    files = [(options.folder / (file.name + PARTIAL), file) for plan in plans for file in plan.files]
+    files = [pair for plan in plans for pair in zip(plan.partials(options.folder), plan.files, strict=True)]
     leftovers = [
         partial
         for partial, file in files
@@ -131,6 +133,12 @@ def check_destination(
     check_room(options.folder, sum(plan.n_bytes for plan in plans), leftovers)
     with explained(options.folder):
         options.folder.mkdir(parents=True, exist_ok=True)
+
+
+def _taken(plan: Plan, folder: Path) -> list[Path]:
+    """Return what has an export's names already: of one that is a folder, the folder."""
+    names = [plan.place(folder)] if plan.directory else plan.paths(folder)
+    return [path for path in names if path.exists()]
 
 
 def read_licences(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -165,17 +173,26 @@ def remove_stale(plan: Plan, folder: Path) -> None:
     """Remove what was said of an earlier export of these names: its report, its `*.failed` files."""
     from converters.report import report_path
 
-    stale = [folder / (file.name + FAILED) for file in plan.files]
-    for path in (report_path(folder / plan.files[0].name), *stale):
-        with explained(path):
-            path.unlink(missing_ok=True)
+    with explained(folder):
+        report_path(plan.place(folder)).unlink(missing_ok=True)
+        if plan.directory:
+            shutil.rmtree(folder / (plan.directory + FAILED), ignore_errors=True)
+            return
+        for path in plan.paths(folder):
+            path.with_name(path.name + FAILED).unlink(missing_ok=True)
 
 
 def mark_failed(written: Written) -> tuple[Path, ...]:
-    """Rename every file of an export to `*.failed`, so that nobody takes it for a good one.
+    """Rename every file of an export, or its folder, to `*.failed`, so that nobody takes it for a good one.
 
     Its keys go: a conversion takes no slices from it either.
     """
+    if written.plan.directory:
+        place = written.place.with_name(written.place.name + FAILED)
+        with explained(place):
+            shutil.rmtree(place, ignore_errors=True)
+            written.place.replace(place)
+        return (place,)
     failed = tuple(path.with_name(path.name + FAILED) for path in written.paths)
     for path, new in zip(written.paths, failed, strict=True):
         with explained(new):
@@ -193,32 +210,26 @@ class Reread:
 
 
 def reread_hashes(written: Written) -> Reread:
-    """Read an export back in one pass; its tensors are compared with `written.tensor_hashes`.
+    """Read an export back; its tensors' pieces are compared with what was written.
 
     `file_hashes` are by file name. `differing` is only meaningful for an export made with
     `hash_tensors`.
     """
     file_hashes, differing = {}, []
     for number, path in enumerate(written.paths):
-        whole = hashlib.sha256()
         with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
             for tensor in (t for t in written.plan.tensors if t.file == number):
-                _hash_bytes(file, tensor.offset - file.tell(), whole)
-                digest = _hash_bytes(file, tensor.n_bytes, whole)
-                if written.tensor_hashes and digest != written.tensor_hashes[tensor.name]:
+                # A piece at a time: an embedding alone may be a gigabyte.
+                if not all(_is_there(file, size, piece) for piece in written.pieces[tensor.name]):
                     differing.append(tensor.name)
-            _hash_bytes(file, path.stat().st_size - file.tell(), whole)
-        file_hashes[path.name] = whole.hexdigest()
+            file_hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return Reread(file_hashes, tuple(differing))
 
 
-def _hash_bytes(file: BinaryIO, n_bytes: int, whole: "hashlib._Hash") -> str:
-    part = hashlib.sha256()
-    while n_bytes > 0:
-        data = file.read(min(n_bytes, _CHUNK_BYTES))
-        if not data:
-            break
-        part.update(data)
-        whole.update(data)
-        n_bytes -= len(data)
-    return part.hexdigest()
+def _is_there(file: BinaryIO, size: int, piece: Piece) -> bool:
+    """Return whether a piece is what was written; one without a hash is not looked at."""
+    if not piece.sha256:
+        return True
+    data = read_places(file.fileno(), piece.places, size)
+    return data is not None and hashlib.sha256(data).hexdigest() == piece.sha256

@@ -6,12 +6,16 @@ follows it without a decision of its own. So the tensors may arrive in any order
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from converters.disk import PARTIAL
 from converters.imatrix import Importances
+from converters.places import Piece
+from converters.stats.archive import Archive
+from quantize.solver.linears import Effort
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,9 @@ class ConvertOptions:
     recipe out; `importances` come from an imatrix. `device` is where the types that gain from a GPU are
     encoded: cpu, cuda (all GPUs in turn) or cuda:1; the bytes are the same. `fresh` makes every tensor anew,
     whatever earlier runs left in the folder.
+
+    `archive` has the Hessians that errors are compensated with, `effort` says how hard the solver tries;
+    `tensor_parallel` is the number of GPUs that a server will split each matrix over.
     """
 
     folder: Path
@@ -51,6 +58,9 @@ class ConvertOptions:
     importances: Importances | None = None
     device: str = "cpu"
     fresh: bool = False
+    archive: Archive | None = None
+    effort: Effort = "default"
+    tensor_parallel: int = 1
 
     @property
     def on_gpu(self) -> bool:
@@ -102,12 +112,31 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One export: its files, its tensors in their order in the files, and what else a user should know."""
+    """One export: its files, its tensors in their order in the files, and what else a user should know.
+
+    An export that is a folder has a `directory`, in which its files lie. `readers` are the programs that will
+    load it or won't, each with the reason, where the format has several.
+    """
 
     request: Request
     files: tuple[FilePlan, ...]
     tensors: tuple[TensorPlan, ...]
     notes: tuple[str, ...] = ()
+    directory: str = ""
+    readers: tuple[tuple[str, ...], ...] = ()
+
+    def paths(self, folder: Path) -> tuple[Path, ...]:
+        """The files' places below the folder of all exports."""
+        return tuple(folder / self.directory / file.name for file in self.files)
+
+    def place(self, folder: Path) -> Path:
+        """What the export is opened by: its first file, or its own folder."""
+        return folder / self.directory if self.directory else folder / self.files[0].name
+
+    def partials(self, folder: Path) -> tuple[Path, ...]:
+        """The files' places while they are being written."""
+        inside = folder / (self.directory + PARTIAL) if self.directory else folder
+        return tuple(inside / (file.name + PARTIAL) for file in self.files)
 
     @property
     def n_bytes(self) -> int:
@@ -132,15 +161,27 @@ class Plan:
 
 @dataclass(frozen=True)
 class Written:
-    """A finished export: the plan it follows, its files, each tensor's sha256 if asked for, and the time.
+    """A finished export in `folder`: the plan it follows, the pieces of each tensor, and the time.
 
-    `tensor_hashes` are taken of the bytes on their way to the disk, by the checkpoint's names; `n_reused`
-    counts the bytes that an earlier run had made, and `n_tensors_reused` the tensors made by it as a whole.
+    `pieces` are by the checkpoint's names; their hashes, if asked for, are of the bytes on their way to the
+    disk. `n_reused` counts the bytes that an earlier run had made, and `n_tensors_reused` the tensors made by
+    it as a whole; `notes` say what went otherwise than planned.
     """
 
     plan: Plan
-    paths: tuple[Path, ...]
-    tensor_hashes: Mapping[str, str]
+    folder: Path
+    pieces: Mapping[str, Sequence[Piece]]
     seconds: float
     n_reused: int = 0
     n_tensors_reused: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files."""
+        return self.plan.paths(self.folder)
+
+    @property
+    def place(self) -> Path:
+        """What the export is opened by: its first file, or its own folder."""
+        return self.plan.place(self.folder)

@@ -76,12 +76,12 @@ def prove_written(terminal: Terminal, verifier: Verifier, exports: Sequence[Writ
     try:
         for written in exports:
             proof, report = _prove_export(terminal, verifier, written)
-            reports.append(_conclude(terminal, proof, report, report_path(written.paths[0])))
+            reports.append(_conclude(terminal, proof, report, report_path(written.place)))
             if not proof.passed:
                 terminal.result(f"renamed to {', '.join(str(path) for path in mark_failed(written))}")
-                failures += [f"{written.paths[0].name}: {check}" for check in proof.failures]
+                failures += [f"{written.place.name}: {check}" for check in proof.failures]
     except BaseException:
-        unproven = [str(written.paths[0]) for written in exports[len(reports) :]]
+        unproven = [str(written.place) for written in exports[len(reports) :]]
         terminal.say(f"written but not proven: {', '.join(unproven)}; `dscq verify` will do it")
         raise
     terminal.document({"reports": reports})
@@ -94,7 +94,7 @@ def _prove_export(terminal: Terminal, verifier: Verifier, written: Written) -> t
     wrong = ", ".join(reread.differing)
     check = Check("file", "payload on disk", not reread.differing, detail=wrong or "hashes as written")
     with terminal.stages() as on_progress:
-        proof = verifier.verify(written.paths[0], on_progress)
+        proof = verifier.verify(written.place, on_progress)
     proof = replace(proof, checks=(check, *proof.checks))
     report = build_report(
         verifier.reference,

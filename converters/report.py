@@ -28,10 +28,13 @@ SUFFIX = ".report.json"
 _SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
 
 
-def report_path(first_file: Path) -> Path:
-    """Return where the report of an export lies: beside its first file, without the number of a shard."""
-    stem = _SHARD_NUMBER.sub("", first_file.name.removesuffix(".gguf"))
-    return first_file.with_name(stem + SUFFIX)
+def report_path(place: Path) -> Path:
+    """Return where the report of an export lies: beside its first file, without the number of a shard.
+
+    Of an export that is a folder it lies beside the folder.
+    """
+    stem = _SHARD_NUMBER.sub("", place.name.removesuffix(".gguf"))
+    return place.with_name(stem + SUFFIX)
 
 
 def build_report(

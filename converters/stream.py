@@ -7,7 +7,6 @@ Rows are encoded independently of each other, so the bytes do not depend on the 
 devices or on who was first.
 """
 
-import hashlib
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from converters.places import Piece
 from converters.plan import ConvertOptions, Plan
 from converters.targets.base import Writer
 from quantize.codecs import codec
@@ -62,19 +62,18 @@ class _Slice:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a worker found in a slice, and the bytes it wrote to each export: none when it only looked."""
+    """What a worker found in a slice, and what it wrote to each export: nothing when it only looked."""
 
     part: _Slice
     peak: float
-    written: tuple[torch.Tensor, ...] = ()
+    written: tuple[Piece, ...] = ()
 
 
 def stream(
     weights: Weights, exports: Sequence[Export], options: ConvertOptions, on_event: OnEvent
-) -> list[dict[str, str]]:
-    """Write every planned tensor to every export; return each export's sha256 by tensor name.
+) -> list[dict[str, list[Piece]]]:
+    """Write every planned tensor to every export; return each export's pieces by tensor name.
 
-    The hashes, of the written bytes, are empty dictionaries unless `options.hash_tensors`.
     Raises CheckpointError naming every tensor with numbers that are not finite (nothing is written after
     the first is found, but all are looked at), PlanError naming every tensor that does not fit its
     type, OutputError.
@@ -91,7 +90,7 @@ def stream(
         while pending:
             run.settle(pending.popleft().result())
     run.raise_faults()
-    return run.hashes()
+    return run.pieces
 
 
 class _Stream:
@@ -102,8 +101,8 @@ class _Stream:
         planned = set().union(*(export.plan.by_name for export in exports))
         self.specs = {name: spec for name, spec in weights.specs().items() if name in planned}
         self.n_done, self.n_total = 0, sum(spec.n_bytes for spec in self.specs.values())
-        self.digests = [{name: hashlib.sha256() for name in self.specs} for _ in exports]
-        self.hashing, self.on_gpu = options.hash_tensors, options.on_gpu
+        self.pieces: list[dict[str, list[Piece]]] = [{name: [] for name in self.specs} for _ in exports]
+        self.on_gpu = options.on_gpu
         self.not_finite: dict[str, Counter[str]] = {}
         self.too_large: dict[tuple[str, str], float] = {}
 
@@ -131,7 +130,7 @@ class _Stream:
         if not fits or self.not_finite or self.too_large or not math.isfinite(peak):
             return _Outcome(part, peak)
         written = [export.writer.put(part.name, part.first_row, part.rows) for export in self.exports]
-        return _Outcome(part, peak, tuple(written) if self.hashing else ())
+        return _Outcome(part, peak, tuple(written))
 
     def settle(self, outcome: _Outcome) -> None:
         """Take note of a slice's outcome, in the order of the slices."""
@@ -145,18 +144,12 @@ class _Stream:
             if outcome.peak >= tensor.overflow:
                 key = (part.name, tensor.quant)
                 self.too_large[key] = max(outcome.peak, self.too_large.get(key, 0.0))
-        for digests, blocks in zip(self.digests, outcome.written, strict=False):
-            digests[part.name].update(blocks.numpy().data)
+        for pieces, piece in zip(self.pieces, outcome.written, strict=False):
+            pieces[part.name].append(piece)
         if part.is_last:
             n_bytes = self.specs[part.name].n_bytes
             self.n_done += n_bytes
             self.on_event(TensorDone(part.name, n_bytes, self.n_done, self.n_total))
-
-    def hashes(self) -> list[dict[str, str]]:
-        """Return the finished sha256 of every tensor for each export."""
-        if not self.hashing:
-            return [{} for _ in self.exports]
-        return [{name: digest.hexdigest() for name, digest in digests.items()} for digests in self.digests]
 
     def raise_faults(self) -> None:
         """Raise one error that names every tensor which cannot be exported."""

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from converters.checkpoint import Checkpoint
+from converters.places import Piece
 from converters.plan import ConvertOptions, Plan, Request
 
 
@@ -22,8 +23,13 @@ class Writer(Protocol):
         """Bytes that earlier runs had made already, by the checkpoint's names of tensors."""
         ...
 
-    def put(self, name: str, first_row: int, rows: torch.Tensor) -> torch.Tensor:
-        """Encode rows (n, K) of a tensor and write them; return the bytes, uint8 (n, row_bytes).
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What went otherwise than planned, for the log and the report."""
+        ...
+
+    def put(self, name: str, first_row: int, rows: torch.Tensor) -> Piece:
+        """Encode rows (n, K) of a tensor and write them; return what was written, and where.
 
         Rows come in the plan's `row_step`, in any order, from several threads at once; they are finite
         and below the plan's `overflow`. Raises OutputError when the disk refuses.

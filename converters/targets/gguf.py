@@ -20,6 +20,7 @@ from converters.donors import Donors, is_noted, slice_key
 from converters.gguf_file import head_bytes, padded, shard_name
 from converters.journal import JournaledFile, remove_other_shards
 from converters.names import gguf_name, is_rotary, permute
+from converters.places import Piece, Place
 from converters.plan import ConvertOptions, FilePlan, Plan, Request, TensorPlan
 from converters.targets.gguf_fields import add_split_fields, bare_fields, gguf_fields
 from converters.targets.gguf_types import GgufTypes
@@ -100,7 +101,7 @@ class GgufWriter:
         """Create every file in its full length, or go on with an interrupted run's; raises OutputError."""
         self._plan = plan
         self._importances = {} if options.importances is None else options.importances.rows
-        self._encoder = Encoder(encoding_gpus(options.device))
+        self._encoder, self._hashed = Encoder(encoding_gpus(options.device)), options.hash_tensors
         self._reused, self._lock = Counter[str](), Lock()
         self._files: list[JournaledFile] = []
         try:
@@ -118,31 +119,34 @@ class GgufWriter:
         """Bytes that earlier runs had made, by the checkpoint's names of tensors."""
         return self._reused
 
-    def put(self, name: str, first_row: int, rows: torch.Tensor) -> torch.Tensor:
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing goes otherwise than planned."""
+        return ()
+
+    def put(self, name: str, first_row: int, rows: torch.Tensor) -> Piece:
         """Encode whole heads or rows (n, K), in GGUF's order of rows, and write them at their offset."""
         tensor, file = self._plan.by_name[name], self._files[self._plan.by_name[name].file]
         kind, importance = codec(tensor.quant), self._importances.get(name)
-        offset = tensor.offset + first_row * kind.row_bytes(rows.shape[1])
+        row_bytes = kind.row_bytes(rows.shape[1])
+        places = (Place(tensor.offset + first_row * row_bytes, len(rows) * row_bytes),)
         if not is_noted(kind, importance):
-            blocks = self._encoded(name, rows)
-            file.file.write(offset, blocks.numpy().data.cast("B"))
-            return blocks
+            return file.put(places, self._encoded(name, rows), hashed=self._hashed)
         key = slice_key(rows, kind.name, tensor.row_step if is_rotary(name) else 0, importance)
-        found = file.reuse(key, offset, self._donors)
+        found = file.reuse(key, places, self._donors)
         if found is not None:
             with self._lock:
-                self._reused[name] += len(found)
-            return found.reshape(len(rows), -1)
-        blocks = self._encoded(name, rows)
-        file.write(key, offset, blocks.numpy().data.cast("B"))
-        return blocks
+                self._reused[name] += found.n_bytes
+            return found
+        return file.write(key, places, self._encoded(name, rows))
 
-    def _encoded(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+    def _encoded(self, name: str, rows: torch.Tensor) -> memoryview:
         tensor = self._plan.by_name[name]
         # The row step of q and k is a head: rows change places within it alone.
         ordered = permute(rows, tensor.row_step) if is_rotary(name) else rows
         # Importances are of columns, which keep their order.
-        return self._encoder.encode(codec(tensor.quant), ordered, self._importances.get(name))
+        blocks = self._encoder.encode(codec(tensor.quant), ordered, self._importances.get(name))
+        return blocks.numpy().data.cast("B")
 
     def flush(self) -> None:
         """Wait until the disk has everything."""

@@ -28,14 +28,16 @@ _RAISE, _RAISES = 0.01, 10
 class Factor:
     """H ready for rounding; everything but `order` and `dead` is in the order of rounding.
 
-    `order`, int64 (K,), names the column that is rounded i-th. `hessian`, f32 (K, K), is damped; `feedback`
-    is Ũ and `weights` D, f32 (K, K) and (K,). `dead`, bool (K,), marks columns whose input is always zero:
-    they neither give nor take, and weigh 0. `damp` is the share of the mean diagonal that was added, `log`
-    has one line for every attempt that failed.
+    `order`, int64 (K,), names the column that is rounded i-th. `hessian`, f32 (K, K), is damped, `added`, f32
+    (K,), is what its diagonal has beyond H's; `feedback` is Ũ and `weights` D, f32 (K, K) and (K,). `dead`,
+    bool (K,), marks columns whose input is always zero, in the order of W's columns: they neither give nor
+    take, and weigh 0. `damp` is the share of the mean diagonal that was added, `log` has one line for every
+    attempt that failed.
     """
 
     order: torch.Tensor
     hessian: torch.Tensor
+    added: torch.Tensor
     feedback: torch.Tensor
     weights: torch.Tensor
     dead: torch.Tensor
@@ -58,12 +60,13 @@ def prepare(
     mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones((), device=H.device)
     places = column_order(torch.where(dead, 0.0, diagonal), order, group_size)
     ordered = H[places][:, places]
-    lost = dead[places]
+    own, lost = diagonal[places], dead[places]
     ordered[lost] = 0.0
     ordered[:, lost] = 0.0
     ordered.diagonal()[lost] = mean
     feedback, weights, used, log = _factor(ordered, float(mean), damp, name)
-    return Factor(places, ordered, feedback, weights.masked_fill(lost, 0.0), dead, used, log)
+    added = ordered.diagonal() - own
+    return Factor(places, ordered, added, feedback, weights.masked_fill(lost, 0.0), dead, used, log)
 
 
 def column_order(diagonal: torch.Tensor, order: Order, group_size: int = 0) -> torch.Tensor:

@@ -16,11 +16,12 @@ from typing import Literal, get_args
 import torch
 
 from quantize.errors import UsageError
+from quantize.products import linear
 from quantize.solver.compensate import compensate
-from quantize.solver.descend import descend, in_place, loss, refit_scales
+from quantize.solver.descend import descend, in_place, refit_scales
 from quantize.solver.factor import Factor, Order, column_order, prepare
 from quantize.solver.grid import affine_grid
-from quantize.solver.scales import group_index, plain_scales, round_searched, search_scales
+from quantize.solver.scales import group_index, round_searched, search_scales
 
 Effort = Literal["fast", "default", "high"]
 ROUNDS: Mapping[str, int] = {"fast": 0, "default": 2, "high": 6}
@@ -48,22 +49,33 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Input:
+    """What all linears of an input share: their Hessian, factored, and g_idx, int64 (K,)."""
+
+    factor: Factor
+    group: torch.Tensor
+    settings: Settings
+
+
+@dataclass(frozen=True)
 class QuantizedLinear:
-    """A linear as GPTQ's formats hold it: the weight of column k is scales[n, g] * (codes - zeros[n, g]).
+    """Rows of a linear for GPTQ: the weight of column k is scales[n, g] * (codes - zeros[n, g]).
 
     codes uint8 (N, K), scales f16 (N, G), zeros uint8 (N, G), 1 at the least; g_idx int32 (K,) holds each
-    column's g. `error` is tr(E H Eᵀ) / tr(W H Wᵀ), the share of the output's energy that is lost (0 if there
-    is none), `plain_error` the same of plain rounding to scales from the range; `log` what went otherwise
-    than planned.
+    column's g. `lost` is tr(E H Eᵀ) and `energy` tr(W H Wᵀ).
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor
     g_idx: torch.Tensor
-    error: float
-    plain_error: float
-    log: tuple[str, ...]
+    lost: float
+    energy: float
+
+    @property
+    def error(self) -> float:
+        """The share of the output's energy that is lost; 0 if there is none."""
+        return self.lost / self.energy if self.energy > 0 else 0.0
 
     def weights(self) -> torch.Tensor:
         """Return Ŵ, f32 (N, K), as a reader computes it."""
@@ -81,49 +93,54 @@ def quantize_linears(
     any work, and HessianError where H cannot be factored.
     """
     _check(weights, H, settings)
+    shared = prepare_input(H, settings, ", ".join(weights))
+    return {name: quantize_rows(W, shared) for name, W in weights.items()}
+
+
+def prepare_input(H: torch.Tensor, settings: Settings, name: str = "") -> Input:
+    """Factor a Hessian, f32 (K, K), for `quantize_rows`; raises HessianError. `name` is for messages."""
     order: Order = "activation" if settings.desc_act else settings.order
-    name = ", ".join(weights)
     factor = prepare(H, damp=settings.damp, order=order, group_size=settings.group_size, name=name)
     along = column_order(H.diagonal().clamp(min=0), "activation") if settings.desc_act else None
-    group = group_index(len(H), settings.group_size, along)
-    damped = in_place(factor.hessian, factor.order)
-    return {name: _quantize(W.float(), H, damped, factor, group, settings) for name, W in weights.items()}
+    return Input(factor, group_index(len(H), settings.group_size, along), settings)
 
 
-def _quantize(
-    W: torch.Tensor,
-    H: torch.Tensor,
-    damped: torch.Tensor,
-    factor: Factor,
-    group: torch.Tensor,
-    settings: Settings,
-) -> QuantizedLinear:
-    bits, symmetric, signed = settings.bits, settings.symmetric, settings.signed_scales
-    if settings.order == "activation" and not settings.desc_act:
-        scale, zero = search_scales(W, damped, group, bits, symmetric, signed)
-        codes = compensate(W, factor, affine_grid(scale, zero, group, bits))
-    else:
-        codes, scale, zero = round_searched(W, factor, group, bits, symmetric, signed)
-    grid = affine_grid(scale, zero, group, bits)
+def quantize_rows(W: torch.Tensor, shared: Input) -> QuantizedLinear:
+    """Quantize rows W (N, K) of a linear on the Hessian's device; several threads may share the input.
+
+    Rows do not influence each other, but for how sums are ordered: see `compensate`.
+    """
+    W, settings, order = W.float(), shared.settings, shared.factor.order
+    codes, scale, zero = _rounded(W, shared)
+    # From here on in the order of rounding, in which the Hessian is.
+    ordered, codes = W[:, order].contiguous(), codes[:, order].contiguous()
+    grid = affine_grid(scale, zero, shared.group[order], settings.bits)
     for _ in range(ROUNDS[settings.effort]):
-        grid = refit_scales(W, codes, damped, grid, zeros=zero)
-        codes = descend(W, codes, damped, grid)
-    plain = affine_grid(*plain_scales(W, group, bits, symmetric), group, bits)
-    energy = _total(W, torch.zeros_like(W), H)
-    lost, plainly = (_total(W, g.values(c), H) for g, c in ((grid, codes), (plain, plain.nearest(W))))
+        grid = refit_scales(ordered, codes, shared.factor.hessian, grid, zeros=zero)
+        codes = descend(ordered, codes, shared.factor.hessian, grid)
+    lost, energy = (_total(error, shared.factor) for error in (ordered - grid.values(codes), ordered))
+    in_place = torch.empty_like(codes)
+    in_place[:, order] = codes
     return QuantizedLinear(
-        codes,
-        grid.scale.half(),
-        zero.to(torch.uint8),
-        group.to(torch.int32),
-        lost / energy if energy > 0 else 0.0,
-        plainly / energy if energy > 0 else 0.0,
-        factor.log,
+        in_place, grid.scale.half(), zero.to(torch.uint8), shared.group.to(torch.int32), lost, energy
     )
 
 
-def _total(W: torch.Tensor, quantized: torch.Tensor, H: torch.Tensor) -> float:
-    return float(loss(W, quantized, H).double().sum())
+def _rounded(W: torch.Tensor, shared: Input) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return codes, scale and zero after compensation."""
+    settings, factor, group = shared.settings, shared.factor, shared.group
+    bits, symmetric, signed = settings.bits, settings.symmetric, settings.signed_scales
+    if settings.order == "activation" and not settings.desc_act:
+        damped = in_place(factor.hessian, factor.order)
+        scale, zero = search_scales(W, damped, group, bits, symmetric, signed)
+        return compensate(W, factor, affine_grid(scale, zero, group, bits)), scale, zero
+    return round_searched(W, factor, group, bits, symmetric, signed)
+
+
+def _total(error: torch.Tensor, factor: Factor) -> float:
+    """Return tr(E H Eᵀ), without the damping, of errors f32 (N, K) in the order of rounding."""
+    damped = linear(error, factor.hessian) * error
+    return max(float((damped - error.square() * factor.added).double().sum()), 0.0)
 
 
 def _check(weights: Mapping[str, torch.Tensor], H: torch.Tensor, settings: Settings) -> None:

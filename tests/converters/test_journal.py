@@ -18,6 +18,7 @@ from converters.donors import Donors, is_noted, keys_path, slice_key
 from converters.imatrix import Importances
 from converters.journal import JournaledFile
 from converters.pipeline import convert, mark_failed, reread_hashes
+from converters.places import Piece, Place
 from converters.plan import ConvertOptions, Request, Written
 from converters.stream import TensorDone
 from quantize.codecs import codec
@@ -27,6 +28,7 @@ from quantize.weights import TensorWeights
 
 ROOT = Path(__file__).resolve().parents[2]
 Q4, Q6 = Request("gguf", "Q4_K_M"), Request("gguf", "Q6_K")
+AT_4 = (Place(4, 4),)
 
 
 class StoppedError(Exception):
@@ -94,7 +96,7 @@ def test_the_next_run_goes_on_and_ends_in_the_same_bytes(
     encoded.clear()
     resumed = run(checkpoint, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert resumed[0].tensor_hashes == undisturbed[0].tensor_hashes
+    assert resumed[0].pieces == undisturbed[0].pieces
     # What was encoded but not settled when the run ended was noted as well.
     assert n_before > 0 and len(encoded) <= n_whole - n_before + 1
     assert resumed[0].n_reused > 0 and undisturbed[0].n_reused == 0
@@ -158,10 +160,9 @@ def test_torn_bytes_are_found_out_and_made_anew(checkpoint: Checkpoint, tmp_path
     interrupt(checkpoint, tmp_path / "out", 46)
     partial = tmp_path / "out" / "demo-coder-Q4_K_M.gguf.partial"
     journal = partial.with_name(partial.name + ".journal")
-    lines = journal.read_text("ascii").split()
-    lines = [" ".join(lines[i : i + 4]) for i in range(0, len(lines), 4)]
+    lines = [line for line in journal.read_text("ascii").splitlines() if line]
     with partial.open("r+b") as file:
-        file.seek(int(lines[4].split()[1]))
+        file.seek(int(lines[4].split()[2].split(":")[0]))
         file.write(bytes(64))
     journal.write_text("\n".join([*lines[:-1], lines[-1][:70]]), "ascii")  # and the last line is cut off
     run(checkpoint, tmp_path / "out")
@@ -209,10 +210,10 @@ def test_a_full_disk_loses_nothing(
 ) -> None:
     whole, calls = JournaledFile.write, iter(range(1000))
 
-    def fails_at_last(self: JournaledFile, key: str, offset: int, data: memoryview) -> None:
+    def fails_at_last(self: JournaledFile, key: str, places: tuple[Place, ...], data: memoryview) -> Piece:
         if next(calls) == 20:
             raise OutputError("the disk is full")
-        whole(self, key, offset, data)
+        return whole(self, key, places, data)
 
     with monkeypatch.context() as patched:
         patched.setattr(JournaledFile, "write", fails_at_last)
@@ -249,22 +250,25 @@ def test_a_journal_may_say_anything(tmp_path: Path) -> None:
     partial = tmp_path / "a.gguf.partial"
     partial.write_bytes(b"head" + b"work" + bytes(8))
     nonsense = [
-        f"{key} x 4 {digest}",
-        f"{key} 4 {'9' * 15} {digest}",
-        f"{key} -4 4 {digest}",
+        f"{key} {digest} x:4",
+        f"{key} {digest} 4:{'9' * 15}",
+        f"{key} {digest} 4:4:2",
+        f"{key} {digest} 4:2:{'9' * 15}:2",
+        f"{key} {digest} 4:2 :",
+        f"{key} {digest} -4:4",
         "\0\0 \xff",
         key,
     ]
     for line in nonsense:
         partial.with_name(partial.name + ".journal").write_text(line, "latin-1")
         file = JournaledFile(path, b"head", 16)
-        assert file.reuse(key, 4, None) is None
+        assert file.reuse(key, AT_4, None) is None
         file.leave()
     file = JournaledFile(path, b"head", 16)
-    file.write(key, 4, memoryview(b"work"))  # behind the line that was cut off
+    file.write(key, AT_4, memoryview(b"work"))  # behind the line that was cut off
     file.leave()
-    found = JournaledFile(path, b"head", 16).reuse(key, 4, None)
-    assert found is not None and found.numpy().tobytes() == b"work"
+    found = JournaledFile(path, b"head", 16).reuse(key, AT_4, None)
+    assert found == Piece(AT_4, digest) and partial.read_bytes()[4:8] == b"work"
 
 
 @pytest.mark.parametrize("place", ["reserve", "head"])
@@ -276,13 +280,13 @@ def test_a_disk_without_room_for_the_rest_leaves_what_is_there(
 
     key = "a" * 64
     file = JournaledFile(tmp_path / "a.gguf", b"head", 16)
-    file.write(key, 4, memoryview(b"work"))
+    file.write(key, AT_4, memoryview(b"work"))
     file.leave()
     with monkeypatch.context() as patched:
         patched.setattr(*((disk, "_reserve") if place == "reserve" else (os, "pwrite")), full)
         with pytest.raises(OutputError, match="the disk is full"):
             JournaledFile(tmp_path / "a.gguf", b"head", 16)
-    assert JournaledFile(tmp_path / "a.gguf", b"head", 16).reuse(key, 4, None) is not None
+    assert JournaledFile(tmp_path / "a.gguf", b"head", 16).reuse(key, AT_4, None) is not None
 
 
 def test_of_two_earlier_layouts_the_fuller_stays(
@@ -312,7 +316,7 @@ def test_an_edited_plan_makes_only_what_has_changed(
     assert second[0].n_tensors_reused == len(searched) - 1
     whole = run(checkpoint, tmp_path / "whole", **changed)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert second[0].tensor_hashes == whole[0].tensor_hashes
+    assert second[0].pieces == whole[0].pieces
     assert reread_hashes(second[0]).differing == ()
 
 
@@ -363,7 +367,7 @@ def test_tensors_move_between_shards(
 
 def test_what_another_run_is_writing_stays(checkpoint: Checkpoint, tmp_path: Path) -> None:
     other = JournaledFile(tmp_path / "demo-coder-Q4_K_M-00001-of-00009.gguf", b"head", 16)
-    other.write("a" * 64, 4, memoryview(b"work"))
+    other.write("a" * 64, AT_4, memoryview(b"work"))
     run(checkpoint, tmp_path)
     assert contents(tmp_path)[other.file.partial.name] == b"head" + b"work" + bytes(8)
     other.leave()

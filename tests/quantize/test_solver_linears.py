@@ -10,7 +10,7 @@ from quantize.solver import scales as search
 from quantize.solver.descend import loss
 from quantize.solver.factor import Order, prepare
 from quantize.solver.grid import affine_grid
-from quantize.solver.linears import Effort, QuantizedLinear, Settings, quantize_linears
+from quantize.solver.linears import Effort, QuantizedLinear, Settings, prepare_input, quantize_linears
 from quantize.solver.scales import best_scale, group_index, plain_scales, round_searched, search_scales
 from quantize.solver.target import shifted_target
 
@@ -26,6 +26,14 @@ def problem(n: int, k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def one(W: torch.Tensor, H: torch.Tensor, settings: Settings) -> QuantizedLinear:
     return quantize_linears({"w": W}, H, settings)["w"]
+
+
+def plain_error(W: torch.Tensor, H: torch.Tensor, settings: Settings) -> float:
+    """The same share after plain rounding to scales from the range."""
+    group = group_index(W.shape[1], settings.group_size)
+    grid = affine_grid(*plain_scales(W, group, settings.bits, settings.symmetric), group, settings.bits)
+    lost, energy = (loss(W, got, H).double().sum() for got in (grid.values(grid.nearest(W)), 0 * W))
+    return float(lost / energy)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -52,7 +60,7 @@ def test_zero_points_are_never_zero() -> None:
         assert int(result.zeros.min()) >= 1
         assert int(result.zeros.max()) <= 2**settings.bits - 1
         assert torch.equal(result.weights()[32:], torch.zeros(16, 32))
-        assert result.error < result.plain_error
+        assert result.error < plain_error(W, H, settings)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +72,12 @@ def test_more_effort_is_a_smaller_error(desc_act: bool, order: Order, symmetric:
     efforts: tuple[Effort, ...] = ("fast", "default", "high")
     results = [one(W, H, Settings(3, 32, symmetric, desc_act, order, effort)) for effort in efforts]
     fast, default, high = results
-    assert fast.plain_error > 1.3 * fast.error > 1.3 * default.error > 1.3 * high.error
+    assert (
+        plain_error(W, H, Settings(3, 32, symmetric))
+        > 1.3 * fast.error
+        > 1.3 * default.error
+        > 1.3 * high.error
+    )
     for result in results:
         assert int(result.codes.max()) <= 7
         lost = float(loss(W, result.weights(), H).double().sum())
@@ -122,10 +135,10 @@ def test_every_wrong_setting_is_named_at_once() -> None:
 
 
 def test_a_raised_damping_is_in_the_log() -> None:
-    W, H = problem(4, 24)
+    _, H = problem(4, 24)
     H[3], H[:, 3] = H[5], H[:, 5]
     H[3, 3] = H[5, 5] * (1 - 1e-3)
-    assert any("damping" in line for line in one(W, H, Settings(4, 8, damp=0.0)).log)
+    assert any("damping" in line for line in prepare_input(H, Settings(4, 8, damp=0.0)).factor.log)
 
 
 def test_the_shifted_target_is_the_ridge_solution() -> None:
