@@ -238,20 +238,6 @@ def write_diagonals(archive: "Archive", path: Path) -> None:
     write_imatrix(path, entries, corpus, chunk, -(-n_tokens // chunk))
 
 
-def archived_importances(
-    folder: Path, checkpoint: "Checkpoint", *, headers_only: bool = False
-) -> "Importances":
-    """Return the importances of an archive that must be the checkpoint's own; raises ArchiveError.
-
-    With `headers_only` no weight is read, and only the model's figures and shapes are compared.
-    """
-    from converters.stats.archive import open_archive
-
-    archive = open_archive(folder)
-    archive.check_model(checkpoint, values=not headers_only)
-    return archive.importances()
-
-
 def expected_importances(checkpoint: "Checkpoint") -> "Importances":
     """Return what a calibration will give, its numbers aside: to plan and to check with before the work."""
     import torch
@@ -268,19 +254,19 @@ def expected_importances(checkpoint: "Checkpoint") -> "Importances":
     return Importances(rows, IN_OUTPUT, "built-in", 0)
 
 
-def calibrated_importances(
+def calibrated_archive(
     terminal: Terminal, checkpoint: "Checkpoint", choices: OpenChoices, output: Path
-) -> "Importances":
+) -> "Archive":
     """Calibrate on the built-in text into a folder of the output, unless that is done; say so."""
     from converters.corpus.rows import CorpusOptions
     from converters.stats.prepare import CalibrateOptions
 
     folder = output / IN_OUTPUT
-    terminal.say(f"--calibrate: statistics on the built-in text, in {folder}; use them again with --stats")
+    terminal.say(f"calibrating: statistics on the built-in text, in {folder}; use them again with --stats")
     corpus = build_rows(terminal, checkpoint, CorpusOptions())
     options = CalibrateOptions(folder, device=choices.device or "cpu")
     try:
-        return gather(terminal, checkpoint, corpus, options, _n_threads(choices)).importances()
+        return gather(terminal, checkpoint, corpus, options, _n_threads(choices))
     except ArchiveError as error:
         hint = f"give that archive with --stats {folder}, write elsewhere with -o, or remove {folder}"
         raise ArchiveError(error.message, reasons=error.reasons, hint=hint) from error

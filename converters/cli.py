@@ -61,7 +61,7 @@ def dscq() -> None:
     multiple=True,
     required=True,
     metavar="FORMAT:QUANT",
-    help="Repeatable: gguf:F16.",
+    help="Repeatable: gguf:Q4_K_M, gptq:4bit-128g.",
     shell_complete=known_targets,
 )
 @click.option("--output", "-o", type=click.Path(path_type=Path), default=Path("out"), show_default=True)
@@ -85,6 +85,7 @@ def convert(quiet: bool, as_json: bool, **chosen: Any) -> None:
       dscq convert ./model --to gguf:Q4_K_M --tensor-type 'ffn_down=Q6_K' --dry-run
       dscq convert ./model --to gguf:IQ2_M --imatrix imatrix.gguf
       dscq convert ./model --to gguf:Q3_K_M --to gguf:IQ2_XS --stats stats/
+      dscq convert ./model --to gptq:4bit-128g --to gptq:3bit-64g,desc_act --stats stats/ --tp 2
     """
     commands.convert(Terminal(quiet, as_json), commands.ConvertChoices(**chosen))
 

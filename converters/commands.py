@@ -5,7 +5,7 @@ commands, so that `--help` stays quick.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +15,6 @@ from quantize.errors import UsageError
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
-    from converters.imatrix import Importances
     from converters.plan import ConvertOptions, Plan, Written
 
 
@@ -26,6 +25,7 @@ class SourceChoices(OpenChoices):
     require_proof: bool
     probe_tokens: int | None
     llama_lib: Path | None
+    readers: Path | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,8 @@ class ConvertChoices(SourceChoices):
     stats: Path | None
     calibrate: bool
     rounding: Literal["plain", "weighted"] | None
+    effort: Literal["fast", "default", "high"] | None
+    tensor_parallel: int | None
     tensor_types: tuple[str, ...]
     output_tensor_type: str | None
     token_embedding_type: str | None
@@ -62,14 +64,16 @@ class VerifyChoices(SourceChoices):
 
 def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     """Open, plan, write, prove; or, with `--dry-run`, open and plan."""
+    from converters.contradictions import refuse_contradictions
+    from converters.measurements import calibrated, expected, will_calibrate
     from converters.pipeline import plan_exports
     from converters.targets import parse_request
 
-    _refuse_contradictions(choices)
     requests = [parse_request(text) for text in choices.targets]
-    options = _convert_options(choices)
+    refuse_contradictions(choices, requests)
+    options = _convert_options(choices, {request.format for request in requests})
     checkpoint = opened(terminal, choices, choices.source, choices.name, headers_only=choices.dry_run)
-    options = replace(options, importances=_importances(choices, checkpoint))
+    options = expected(choices, checkpoint, requests, options)
     plans = plan_exports(checkpoint, requests, options)
     verifier = None
     if not (choices.no_proof or choices.dry_run):
@@ -77,8 +81,8 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
 
         # Before the work starts: a device or a library that is not there must not show after an hour.
         verifier = ready_verifier(checkpoint, choices)
-    if choices.calibrate:
-        options = _calibrated(terminal, choices, checkpoint, plans, options)
+    if will_calibrate(choices, requests):
+        options = calibrated(terminal, choices, checkpoint, plans, options)
         plans = plan_exports(checkpoint, requests, options)
     for plan in plans:
         _say_plan(terminal, plan)
@@ -95,14 +99,16 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     terminal.document({"files": files, "proof": "skipped by --no-proof"})
 
 
-def _convert_options(choices: ConvertChoices) -> "ConvertOptions":
+def _convert_options(choices: ConvertChoices, formats: set[str]) -> "ConvertOptions":
     from converters.plan import ConvertOptions
-    from converters.targets.gguf_types import parse_tensor_type, written_type
+    from converters.targets.gguf_types import written_type
+    from converters.targets.overrides import parse_overrides
     from quantize.codecs.encoder import encoding_gpus
 
     device = choices.device or "cpu"
     encoding_gpus(device)  # one that is not there must show before a checkpoint is fetched
     output, embedding = choices.output_tensor_type, choices.token_embedding_type
+    tensor_types, module_bits = parse_overrides(choices.tensor_types, formats)
     return ConvertOptions(
         folder=choices.output,
         force=choices.force,
@@ -110,46 +116,15 @@ def _convert_options(choices: ConvertChoices) -> "ConvertOptions":
         split_max_bytes=choices.split_max_size,
         n_threads=choices.n_threads,
         hash_tensors=not choices.no_proof,
-        tensor_types=tuple(parse_tensor_type(text) for text in choices.tensor_types),
+        tensor_types=tensor_types,
+        module_bits=module_bits,
         output_tensor_type=output and written_type(output, "--output-tensor-type"),
         token_embedding_type=embedding and written_type(embedding, "--token-embedding-type"),
         pure=choices.pure,
         device=device,
+        effort=choices.effort or "default",
+        tensor_parallel=choices.tensor_parallel or 1,
     )
-
-
-def _importances(choices: ConvertChoices, checkpoint: "Checkpoint") -> "Importances | None":
-    """Return what the searches are weighed with, from wherever the user said; None to round plainly.
-
-    For `--calibrate` it is what will be measured, its numbers aside: enough to plan and to check with.
-    """
-    from converters.calibration import archived_importances, expected_importances
-    from converters.imatrix import read_importances
-
-    if choices.imatrix is not None:
-        return read_importances(choices.imatrix, checkpoint.config)
-    if choices.stats is not None:
-        return archived_importances(choices.stats, checkpoint, headers_only=choices.dry_run)
-    return expected_importances(checkpoint) if choices.calibrate else None
-
-
-def _calibrated(
-    terminal: Terminal,
-    choices: ConvertChoices,
-    checkpoint: "Checkpoint",
-    plans: Sequence["Plan"],
-    options: "ConvertOptions",
-) -> "ConvertOptions":
-    """Return the options with measured importances; what can be refused is refused before the measuring."""
-    from converters.calibration import calibrated_importances
-    from converters.pipeline import check_destination, read_licences
-    from quantize.codecs import codec
-
-    if not any(codec(tensor.quant).uses_importance for plan in plans for tensor in plan.tensors):
-        raise UsageError("--calibrate: no type that was asked for looks at importances")
-    check_destination(plans, options, checkpoint.source_files)
-    read_licences(checkpoint)
-    return replace(options, importances=calibrated_importances(terminal, checkpoint, choices, choices.output))
 
 
 def verify(terminal: Terminal, choices: VerifyChoices) -> None:
@@ -161,40 +136,6 @@ def verify(terminal: Terminal, choices: VerifyChoices) -> None:
     prove_file(terminal, verifier, choices.file, report)
 
 
-def _refuse_contradictions(choices: ConvertChoices) -> None:
-    """Raise UsageError for options that the proof would have needed, where there is none."""
-    given = {
-        "--require-proof": choices.require_proof,
-        "--probe-tokens": choices.probe_tokens is not None,
-        "--llama-lib": choices.llama_lib is not None,
-    }
-    if choices.no_proof and (idle := [name for name, is_given in given.items() if is_given]):
-        raise UsageError(f"--no-proof leaves nothing to do for {', '.join(idle)}")
-    _refuse_two_measurements(choices)
-
-
-def _refuse_two_measurements(choices: ConvertChoices) -> None:
-    """Raise UsageError unless the importances come from one place, and are there to be used."""
-    sources = {
-        "--imatrix": choices.imatrix is not None,
-        "--stats": choices.stats is not None,
-        "--calibrate": choices.calibrate,
-    }
-    given = [name for name, is_given in sources.items() if is_given]
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)}: the importances can come from one of them only")
-    if choices.rounding == "weighted" and not given:
-        raise UsageError(
-            "--rounding weighted: there is nothing to weigh with", hint=f"give {', '.join(sources)}"
-        )
-    if choices.rounding == "plain" and given:
-        raise UsageError(f"--rounding plain leaves nothing to do for {given[0]}")
-    if choices.dry_run and choices.calibrate:
-        raise UsageError(
-            "--dry-run: --calibrate would do hours of work", hint="run dscq calibrate, then give --stats"
-        )
-
-
 def _say_plan(terminal: Terminal, plan: "Plan") -> None:
     """State sizes, what options did, and every tensor that does not get the type meant for it."""
     terminal.say(
@@ -203,6 +144,8 @@ def _say_plan(terminal: Terminal, plan: "Plan") -> None:
     )
     for note in plan.notes:
         terminal.say(f"{plan.request}: {note}")
+    for reader, *outcome in plan.readers:
+        terminal.say(f"{plan.request}: {reader}: {': '.join(part for part in outcome if part)}")
     for tensor in plan.fallbacks:
         terminal.say(f"{plan.request}: {tensor.written_name} becomes {tensor.quant}: {tensor.reason}")
 
@@ -225,8 +168,12 @@ def _write(
             f"{one.plan.request}: {one.n_tensors_reused} of {len(one.plan.tensors)} tensors were there from "
             f"an earlier run ({one.n_reused:,} bytes)"
         )
-    for path in (path for one in written for path in one.paths):
-        terminal.result(f"wrote {path} ({path.stat().st_size:,} bytes)")
+    for one in written:
+        for note in one.notes:
+            terminal.say(f"{one.plan.request}: {note}")
+        for path in [one.place] if one.plan.directory else one.paths:
+            n_bytes = one.plan.n_bytes if one.plan.directory else path.stat().st_size
+            terminal.result(f"wrote {path} ({n_bytes:,} bytes)")
     return written
 
 

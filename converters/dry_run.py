@@ -51,6 +51,8 @@ def _show_plan(terminal: Terminal, plan: Plan) -> None:
     terminal.table(title, _COLUMNS, rows)
     files = [(str(number), file.name, f"{file.n_bytes:,}") for number, file in enumerate(plan.files, 1)]
     terminal.table("", ("file", "name", ">bytes"), files)
+    if plan.readers:
+        terminal.table("", ("reader", "", "why"), plan.readers)
     for note in plan.notes:
         terminal.result(f"{plan.request}: {note}")
 
@@ -88,5 +90,6 @@ def _plan_document(plan: Plan) -> dict[str, Any]:
         "bytes": plan.n_bytes,
         "bits_per_weight": plan.bits_per_weight,
         "notes": plan.notes,
+        "readers": plan.readers,
         "tensors": tensors,
     }

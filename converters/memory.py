@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from converters.checkpoint import Checkpoint
 from converters.plan import ConvertOptions, Plan
 from converters.proof.tensors import MOST_WORKERS as PROOF_WORKERS
-from converters.stream import GPU_SLICE_ELEMENTS, MAX_WORKERS
+from converters.stream import GPU_SLICE_ELEMENTS, MAX_WORKERS, SLICE_ELEMENTS
 from quantize.llama import EMBEDDING, LlamaConfig
 
 _PROCESS = 350_000_000  # the libraries and the compiled searches
@@ -25,6 +25,7 @@ _WORKER = 20_000_000
 # For each weight of a GPU's slice: rows in GGUF's order (2 bytes), and up to three results of 8.5 bits, which
 # wait for their hash.
 _GPU_SLICE_BYTES = 6
+_SOLVED = 40  # bytes for each weight of a slice: W, what it should be, codes, gradients
 _COMPARED = 6  # bytes for each weight of a matrix that is decoded and compared
 _F32 = 4
 
@@ -43,7 +44,7 @@ def memory_needs(checkpoint: Checkpoint, plans: Sequence[Plan], options: Convert
     # An adapter's update of a tensor is made whole, and so is the sum.
     merged = 0 if checkpoint.provenance.adapter is None else 2 * _F32 * _largest_matrix(config)
     worker = _WORKER + (_GPU_SLICE_BYTES * GPU_SLICE_ELEMENTS if options.on_gpu else 0)
-    writing = min(options.n_threads, MAX_WORKERS) * worker
+    writing = min(options.n_threads, MAX_WORKERS) * worker + _solving(config, plans, options)
     heads = 2 * _F32 * config.vocab_size * config.hidden_size
     block = _F32 * sum(_matrix_sizes(config)[1:])
     in_hand = (
@@ -52,6 +53,17 @@ def memory_needs(checkpoint: Checkpoint, plans: Sequence[Plan], options: Convert
         heads + max(plan.n_bytes for plan in plans),
     )
     return Needs(_PROCESS + merged + writing, _PROCESS + merged + max(in_hand))
+
+
+def _solving(config: LlamaConfig, plans: Sequence[Plan], options: ConvertOptions) -> int:
+    """Return what the Hessians of two inputs take, and each worker's rows in the solver's hands."""
+    if not any(tensor.compensated for plan in plans for tensor in plan.tensors):
+        return 0
+    widths = sorted({shape[1] for shape in config.block_shapes().values() if len(shape) > 1})
+    # Of each input H as it is and factored; while one is factored, two more of its size.
+    squares = 4 * widths[-1] ** 2 + 2 * widths[-2 if len(widths) > 1 else -1] ** 2
+    workers = min(options.n_threads, MAX_WORKERS) * _SOLVED * SLICE_ELEMENTS
+    return _F32 * squares + workers
 
 
 def _largest_matrix(config: LlamaConfig) -> int:

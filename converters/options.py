@@ -72,11 +72,24 @@ TYPE_OPTIONS = options(
         help="Weigh errors by importances, or do not; default: weighted where there are importances.",
     ),
     click.option(
+        "--effort",
+        type=click.Choice(["fast", "default", "high"]),
+        help="How hard the error-compensated rounding tries; default: default.",
+    ),
+    click.option(
+        "--tp",
+        "tensor_parallel",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="GPTQ: the GPUs that a server will split the model over; checked before the work.",
+    ),
+    click.option(
         "--tensor-type",
         "tensor_types",
         multiple=True,
         metavar="PATTERN=TYPE",
-        help="Another type for tensors whose GGUF name the regular expression matches; the first counts.",
+        help="Another type for tensors whose name the regular expression matches; the first counts. "
+        "GGUF: ffn_down=Q6_K; GPTQ: down_proj=8bit-32g.",
     ),
     click.option("--output-tensor-type", metavar="TYPE", help="The type of output.weight."),
     click.option("--token-embedding-type", metavar="TYPE", help="The type of token_embd.weight."),
@@ -90,6 +103,12 @@ PROOF_OPTIONS = options(
         help="Size of the probe text; default: about 6000, one row of which passes position 4096.",
     ),
     click.option("--llama-lib", type=EXISTING_FILE, help="Another libllama than the wheel's."),
+    click.option(
+        "--readers",
+        type=EXISTING_FOLDER,
+        envvar="DSCQ_GPTQ_READERS",
+        help="GPTQ: the folder of the readers' environments, from scripts/gptq_readers.",
+    ),
     click.option(
         "--device",
         help="Where the reference forward runs and convert encodes: cpu (the default), cuda, cuda:1. Several "

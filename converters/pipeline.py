@@ -23,6 +23,7 @@ from typing import BinaryIO
 from converters.checkpoint import Checkpoint
 from converters.disk import check_room, explained, readable, write_whole
 from converters.donors import keys_path
+from converters.export_folder import is_export
 from converters.journal import goes_on, has_journal
 from converters.places import Piece, read_places
 from converters.plan import ConvertOptions, Plan, Request, Written
@@ -120,6 +121,19 @@ def check_destination(
             f"{options.folder}: an export would take the place of its own source",
             reasons=[f"{name} is being read" for name in own],
             hint="write to another folder with -o, or under another --name",
+        )
+    foreign = [
+        f"{plan.directory} was not made by a conversion"
+        for plan in plans
+        if plan.directory
+        and plan.place(options.folder).exists()
+        and not is_export(plan.place(options.folder))
+    ]
+    if foreign:
+        raise OutputError(
+            f"{options.folder}: an export would take the place of something else",
+            reasons=foreign,
+            hint="write to another folder with -o, or move that one",
         )
     if there and not options.force:
         raise OutputError(f"{options.folder}: nothing is overwritten", reasons=there, hint="use --force")

@@ -43,7 +43,8 @@ class ConvertOptions:
     whatever earlier runs left in the folder.
 
     `archive` has the Hessians that errors are compensated with, `effort` says how hard the solver tries;
-    `tensor_parallel` is the number of GPUs that a server will split each matrix over.
+    `module_bits` are (regular expression on a linear's name, bits and group size as 8bit-32g), of
+    GPTQ alone; `tensor_parallel` is the number of GPUs that a server will split each matrix over.
     """
 
     folder: Path
@@ -60,6 +61,7 @@ class ConvertOptions:
     fresh: bool = False
     archive: Archive | None = None
     effort: Effort = "default"
+    module_bits: tuple[tuple[str, str], ...] = ()
     tensor_parallel: int = 1
 
     @property
@@ -74,8 +76,9 @@ class TensorPlan:
 
     `name` is the checkpoint's and `written_name` the format's; `shape` has rows first. `offset` counts
     from the start of file number `file`. Rows are handed to the writer in multiples of `row_step`. A
-    finite weight of magnitude `overflow` or more does not fit the type. `falls_back` says that another type
-    was meant for this tensor, which its rows do not divide into.
+    finite weight of magnitude `overflow` or more does not fit the type. `suits_gpu`: a GPU that is asked for
+    does its work in large slices; `compensated`: it is rounded with its input's Hessian. `falls_back` says
+    that another type was meant for this tensor, which its rows do not divide into.
     """
 
     name: str
@@ -88,6 +91,8 @@ class TensorPlan:
     offset: int
     row_step: int
     overflow: float
+    suits_gpu: bool = True
+    compensated: bool = False
     falls_back: bool = False
 
     @property

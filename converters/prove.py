@@ -102,6 +102,7 @@ def _prove_export(terminal: Terminal, verifier: Verifier, written: Written) -> t
         plan=written.plan,
         file_hashes=reread.file_hashes,
         seconds={"convert": written.seconds},
+        notes=written.notes,
     )
     return proof, report
 

@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,13 @@ def build_report(
     plan: Plan | None = None,
     file_hashes: Mapping[str, str] | None = None,
     seconds: Mapping[str, float] | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the report as plain JSON values.
 
-    `proof` is None for `--no-proof`, `plan` for `dscq verify`, which did not write the file.
-    `file_hashes` are sha256 by file name; `seconds` are wall times of the stages before the proof.
+    `notes` say what went otherwise than planned. `proof` is None for `--no-proof`, `plan` for `dscq verify`,
+    which did not write the file. `file_hashes` are sha256 by file name; `seconds` are wall times of stages
+    before the proof.
     """
     source = dataclasses.asdict(checkpoint.provenance)
     source["travelling"] = [path.name for path in checkpoint.provenance.travelling]
@@ -59,6 +61,7 @@ def build_report(
         "source": source,
         "config": dataclasses.asdict(checkpoint.config),
         "plan": None if plan is None else _plan(plan),
+        "notes": list(notes),
         "files": dict(file_hashes or {}),
         "proof": None if proof is None else proof_document(proof),
         "seconds": {**(seconds or {}), **(proof.seconds if proof is not None else {})},
@@ -133,6 +136,7 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "types": {t.written_name: f"{t.quant}: {t.reason}" for t in plan.tensors},
         "fallbacks": fallbacks,
         "notes": list(plan.notes),
+        "readers": [list(reader) for reader in plan.readers],
     }
 
 

@@ -13,7 +13,7 @@ header says was cut off in a download, and by how much is known.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,21 @@ class Entry:
     dtype: str
     start: int  # first byte, from the beginning of the file
     n_bytes: int
+
+
+def head_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """Return the head of a file of tensors, each (name, dtype, shape, bytes), that follow each other.
+
+    The header is padded, so that the data begins at a multiple of 8.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape, n_bytes in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + n_bytes]}
+        end += n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(PREFIX_BYTES, "little") + text
 
 
 def read_header(file: Path) -> list[Entry]:

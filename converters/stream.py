@@ -19,7 +19,6 @@ import torch
 from converters.places import Piece
 from converters.plan import ConvertOptions, Plan
 from converters.targets.base import Writer
-from quantize.codecs import codec
 from quantize.errors import CheckpointError, PlanError
 from quantize.weights import Weights
 
@@ -118,8 +117,7 @@ class _Stream:
 
     def _slice_elements(self, name: str) -> int:
         """Return the size of slices: large ones only where no search of the CPU would have to hold them."""
-        kinds = [codec(export.plan.by_name[name].quant) for export in self.exports]
-        large = self.on_gpu and all(kind.gains_from_gpu or kind.block_size == 1 for kind in kinds)
+        large = self.on_gpu and all(export.plan.by_name[name].suits_gpu for export in self.exports)
         return GPU_SLICE_ELEMENTS if large else SLICE_ELEMENTS
 
     def work(self, part: _Slice) -> _Outcome:

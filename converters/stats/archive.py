@@ -65,6 +65,14 @@ class Archive:
         n_tokens, diagonal = tensors[f"{inputs}.n_tokens"], tensors[f"{inputs}.diagonal"]
         return PackedStatistics(int(n_tokens), diagonal, tensors.get(f"{inputs}.correlations"))
 
+    def identity(self, name: str) -> str:
+        """Return what tells the statistics of a matrix's input from all others; equal ones are the same.
+
+        Raises ArchiveError for a matrix that has none.
+        """
+        member, inputs = self._place(name)
+        return f"{self.manifest.members[member].sha256} {inputs}"
+
     def importances(self) -> Importances:
         """Return the diagonals as an imatrix: what the quant types' searches are weighed with."""
         rows = {name: self.packed(name).diagonal for name in self.linears()}

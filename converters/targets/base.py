@@ -66,14 +66,12 @@ class Target(Protocol):
         """The quant types or recipes of the format, in the spelling of their world."""
         ...
 
-    @property
-    def aliases(self) -> Mapping[str, str]:
-        """Other names that stand for one of `quants`."""
+    def parse(self, text: str) -> str:
+        """Return the quant that is meant, in its own spelling; raises UsageError, listing what is known."""
         ...
 
-    @property
-    def refused(self) -> Mapping[str, str]:
-        """Names that the format knows and that are not written, each with the reason."""
+    def needs_hessians(self, request: Request) -> bool:
+        """Return whether it cannot be written without a statistics archive that has Hessians."""
         ...
 
     def check(self, checkpoint: Checkpoint, request: Request, options: ConvertOptions) -> list[str]:

@@ -26,7 +26,7 @@ from converters.targets.gguf_fields import add_split_fields, bare_fields, gguf_f
 from converters.targets.gguf_types import GgufTypes
 from quantize.codecs import codec
 from quantize.codecs.encoder import Encoder, encoding_gpus
-from quantize.errors import PlanError
+from quantize.errors import PlanError, UsageError
 from quantize.recipes import ALIASES, RECIPES, Choice
 
 _READ_ONLY = {
@@ -47,15 +47,21 @@ class GgufTarget:
         """Every recipe."""
         return tuple(RECIPES)
 
-    @property
-    def aliases(self) -> Mapping[str, str]:
-        """As in llama-quantize, `Q4_K` means `Q4_K_M`."""
-        return ALIASES
+    def parse(self, text: str) -> str:
+        """Return a recipe by its name in any case; as in llama-quantize, `Q4_K` means `Q4_K_M`."""
+        name = text.upper()
+        named = {quant.upper(): quant for quant in self.quants}
+        if quant := named.get(ALIASES.get(name, name)):
+            return quant
+        fault = (
+            f"{name} is not written: {_READ_ONLY[name]}" if name in _READ_ONLY else f"unknown type {text!r}"
+        )
+        known = ", ".join(f"{self.format}:{quant}" for quant in self.quants)
+        raise UsageError(f"--to {self.format}:{text}: {fault}", hint=f"known: {known}")
 
-    @property
-    def refused(self) -> Mapping[str, str]:
-        """Types that GGUF knows and that are not written."""
-        return _READ_ONLY
+    def needs_hessians(self, request: Request) -> bool:
+        """Never: scales can be searched without any statistics."""
+        return False
 
     def check(self, checkpoint: Checkpoint, request: Request, options: ConvertOptions) -> list[str]:
         """Return what stands against an export: its name, odd heads, odd tokens, types that cannot be."""
@@ -206,6 +212,7 @@ def _tensor_plan(name: str, shape: tuple[int, ...], choice: Choice, head_dim: in
         offset=0,
         row_step=head_dim if is_rotary(name) else 1,
         overflow=kind.overflow,
+        suits_gpu=kind.gains_from_gpu or kind.block_size == 1,
         falls_back=choice.falls_back,
     )
 

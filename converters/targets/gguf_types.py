@@ -39,19 +39,6 @@ def written_type(text: str, option: str) -> str:
     return name
 
 
-def parse_tensor_type(text: str) -> tuple[str, str]:
-    """Return (regular expression, quant type) of `ffn_down=Q6_K`; raises UsageError for anything else."""
-    option = f"--tensor-type {text}"
-    pattern, equals, quant = text.rpartition("=")
-    if not equals or not pattern:
-        raise UsageError(f"{option}: expected PATTERN=TYPE", hint="for example --tensor-type ffn_down=Q6_K")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"{option}: {pattern!r} is no regular expression: {error}") from None
-    return pattern, written_type(quant, option)
-
-
 @dataclass(frozen=True)
 class GgufTypes:
     """The types of one export's tensors."""

@@ -82,7 +82,7 @@ def test_convert_calibrates_first_where_it_is_told_to(
     arguments = ("convert", demo_folder, "--to", "gguf:IQ2_XS", "--no-proof", "--calibrate", "-o", tmp_path)
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    assert f"--calibrate: statistics on the built-in text, in {tmp_path / 'stats'}" in result.stderr
+    assert f"calibrating: statistics on the built-in text, in {tmp_path / 'stats'}" in result.stderr
     assert open_archive(tmp_path / "stats").manifest.request.corpus["name"] == "built-in"
 
 

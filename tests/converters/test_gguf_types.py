@@ -11,9 +11,8 @@ import torch
 from converters.config import read_config
 from converters.imatrix import Importances
 from converters.plan import ConvertOptions
-from converters.targets.gguf_types import GgufTypes, parse_tensor_type, written_type
+from converters.targets.gguf_types import GgufTypes
 from quantize.codecs import codec
-from quantize.errors import UsageError
 from quantize.llama import EMBEDDING, HEAD, LlamaConfig, block_tensor
 from quantize.recipes import RECIPES
 
@@ -220,26 +219,3 @@ def test_an_imatrix_that_nobody_uses_is_noted() -> None:
         "the imatrix is not used: no type of Q8_0 looks at importances"
     ]
     assert types("Q8_0", importances=measured(SMALL)).importance_users() == []
-
-
-def test_overrides_are_read() -> None:
-    assert parse_tensor_type("ffn_down=q6_k") == ("ffn_down", "Q6_K")
-    assert parse_tensor_type(r"blk\.(?P<a>[0-3])=x= F16") == (r"blk\.(?P<a>[0-3])=x", "F16")
-    assert written_type("iq4_nl", "--output-tensor-type") == "IQ4_NL"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("ffn_down", "--tensor-type ffn_down: expected PATTERN=TYPE"),
-        ("=Q6_K", "--tensor-type =Q6_K: expected PATTERN=TYPE"),
-        ("ffn_(=Q6_K", r"--tensor-type ffn_(=Q6_K: 'ffn_(' is no regular expression: "),
-        ("ffn=Q4_K_M", "--tensor-type ffn=Q4_K_M: 'Q4_K_M' is no quant type\nknown: F32, "),
-        ("ffn=", "--tensor-type ffn=: '' is no quant type\nknown: F32, "),
-        ("ffn=TQ1_0", "--tensor-type ffn=TQ1_0: 'TQ1_0' is read but not written\nknown: F32, "),
-    ],
-)
-def test_overrides_that_are_none(text: str, message: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        parse_tensor_type(text)
-    assert str(caught.value).startswith(message)

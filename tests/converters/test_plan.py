@@ -56,7 +56,7 @@ def test_every_target_parses_its_own_requests() -> None:
 
 
 def _tensor(name: str, shape: tuple[int, ...], quant: str, falls_back: bool = False) -> TensorPlan:
-    return TensorPlan(name, name, shape, quant, "because", 8, 0, 0, 1, float("inf"), falls_back)
+    return TensorPlan(name, name, shape, quant, "because", 8, 0, 0, 1, float("inf"), falls_back=falls_back)
 
 
 def test_a_plan_knows_its_size_and_its_fallbacks() -> None:

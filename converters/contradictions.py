@@ -1,0 +1,67 @@
+"""Options that leave each other nothing to do: refused before a checkpoint is opened."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from quantize.errors import UsageError
+
+if TYPE_CHECKING:
+    from converters.commands import ConvertChoices
+    from converters.plan import Request
+
+
+def refuse_contradictions(choices: "ConvertChoices", requests: Sequence["Request"]) -> None:
+    """Raise UsageError for options that would be ignored, and for two sources of the same thing."""
+    proof = {
+        "--require-proof": choices.require_proof,
+        "--probe-tokens": choices.probe_tokens is not None,
+        "--llama-lib": choices.llama_lib is not None,
+    }
+    if choices.no_proof and (idle := _given(proof)):
+        raise UsageError(f"--no-proof leaves nothing to do for {', '.join(idle)}")
+    _refuse_idle(choices, {request.format for request in requests})
+    _refuse_two_measurements(choices, {request.format for request in requests})
+
+
+def _refuse_idle(choices: "ConvertChoices", formats: set[str]) -> None:
+    """Raise UsageError for options of a format that is not asked for."""
+    of_gguf = {
+        "--imatrix": choices.imatrix is not None,
+        "--rounding": choices.rounding is not None,
+        "--output-tensor-type": choices.output_tensor_type is not None,
+        "--token-embedding-type": choices.token_embedding_type is not None,
+        "--pure": choices.pure,
+        "--llama-lib": choices.llama_lib is not None,
+    }
+    of_gptq = {"--tp": choices.tensor_parallel is not None}
+    for name, options in {"gguf": of_gguf, "gptq": of_gptq}.items():
+        if name not in formats and (idle := _given(options)):
+            raise UsageError(f"{', '.join(idle)}: only for {name}:, which is not asked for")
+    if choices.effort is not None and formats == {"gguf"}:
+        raise UsageError("--effort: nothing here is rounded with Hessians")
+
+
+def _refuse_two_measurements(choices: "ConvertChoices", formats: set[str]) -> None:
+    """Raise UsageError unless the importances come from one place, and are there to be used."""
+    sources = {
+        "--imatrix": choices.imatrix is not None,
+        "--stats": choices.stats is not None,
+        "--calibrate": choices.calibrate,
+    }
+    given = _given(sources)
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)}: the importances can come from one of them only")
+    if choices.rounding == "weighted" and not given:
+        raise UsageError(
+            "--rounding weighted: there is nothing to weigh with", hint=f"give {', '.join(sources)}"
+        )
+    if choices.rounding == "plain" and given and formats == {"gguf"}:
+        raise UsageError(f"--rounding plain leaves nothing to do for {given[0]}")
+    if choices.dry_run and choices.calibrate:
+        raise UsageError(
+            "--dry-run: --calibrate would do hours of work", hint="run dscq calibrate, then give --stats"
+        )
+
+
+def _given(options: Mapping[str, bool]) -> list[str]:
+    return [name for name, is_given in options.items() if is_given]

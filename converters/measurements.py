@@ -1,0 +1,100 @@
+"""The statistics that a conversion is made with, from wherever the user said.
+
+    --imatrix      importances of the columns, for GGUF
+    --stats        an archive: importances for GGUF, and Hessians
+    --calibrate    the archive is made first, on the built-in text, in OUTPUT/stats; so it is where a format
+                   needs Hessians and nothing was given
+
+An archive that is to be made is expected first: its importances, their numbers aside, are enough to plan and
+to check with, so that what can be refused is refused before the measuring.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from converters.terminal import Terminal
+from quantize.errors import UsageError
+
+if TYPE_CHECKING:
+    from converters.checkpoint import Checkpoint
+    from converters.commands import ConvertChoices
+    from converters.plan import ConvertOptions, Plan, Request
+
+
+def will_calibrate(choices: "ConvertChoices", requests: Sequence["Request"]) -> bool:
+    """Return whether an archive must be made first."""
+    return choices.calibrate or (_hessians_needed(requests) and choices.stats is None and not choices.dry_run)
+
+
+def expected(
+    choices: "ConvertChoices",
+    checkpoint: "Checkpoint",
+    requests: Sequence["Request"],
+    options: "ConvertOptions",
+) -> "ConvertOptions":
+    """Return the options with what is there to measure with; raises ImatrixError, ArchiveError."""
+    from converters.calibration import expected_importances
+    from converters.imatrix import read_importances
+
+    if choices.imatrix is not None:
+        options = replace(options, importances=read_importances(choices.imatrix, checkpoint.config))
+    if choices.stats is not None:
+        return _with_archive(choices, checkpoint, requests, options)
+    weighing = choices.rounding != "plain"
+    if choices.calibrate and weighing:
+        return replace(options, importances=expected_importances(checkpoint))
+    return options
+
+
+def _with_archive(
+    choices: "ConvertChoices",
+    checkpoint: "Checkpoint",
+    requests: Sequence["Request"],
+    options: "ConvertOptions",
+) -> "ConvertOptions":
+    from converters.hessians import check_hessians
+    from converters.stats.archive import open_archive
+
+    if choices.stats is None:
+        raise AssertionError("there is no archive")
+    archive = open_archive(choices.stats)
+    archive.check_model(checkpoint, values=not choices.dry_run)
+    if _hessians_needed(requests):
+        check_hessians(archive)
+    options = replace(options, archive=archive)
+    # Reading them takes a look at every member: only where somebody weighs with them.
+    weighing = choices.rounding != "plain" and any(request.format == "gguf" for request in requests)
+    return replace(options, importances=archive.importances()) if weighing else options
+
+
+def calibrated(
+    terminal: Terminal,
+    choices: "ConvertChoices",
+    checkpoint: "Checkpoint",
+    plans: Sequence["Plan"],
+    options: "ConvertOptions",
+) -> "ConvertOptions":
+    """Return the options with the archive, made on the built-in text unless it is there already."""
+    from converters.calibration import calibrated_archive
+    from converters.pipeline import check_destination, read_licences
+    from quantize.codecs import codec
+
+    requests = [plan.request for plan in plans]
+    ggufs = [tensor for plan in plans if plan.request.format == "gguf" for tensor in plan.tensors]
+    weighed = any(codec(tensor.quant).uses_importance for tensor in ggufs)
+    if not weighed and not _hessians_needed(requests):
+        raise UsageError("--calibrate: no type that was asked for looks at importances")
+    check_destination(plans, options, checkpoint.source_files)
+    read_licences(checkpoint)
+    archive = calibrated_archive(terminal, checkpoint, choices, choices.output)
+    options = replace(options, archive=archive)
+    if weighed and choices.imatrix is None and choices.rounding != "plain":
+        return replace(options, importances=archive.importances())
+    return options
+
+
+def _hessians_needed(requests: Sequence["Request"]) -> bool:
+    from converters.targets import TARGETS
+
+    return any(TARGETS[request.format].needs_hessians(request) for request in requests)

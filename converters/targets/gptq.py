@@ -1,0 +1,267 @@
+"""GPTQ: the 4-bit checkpoints of exllama, transformers and vLLM.
+
+The linears of the decoder blocks are quantized with their inputs' Hessians (quantize/solver); embedding,
+norms and output matrix stay half precision, as all readers expect. Codes are stored as the solver found them
+under the scale in half precision: nothing is rounded twice.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from threading import Lock
+from typing import Any
+
+import torch
+
+from converters.checkpoint import Checkpoint
+from converters.donors import Donors, slice_key
+from converters.export_folder import ExportFolder
+from converters.hessians import Hessians
+from converters.hf_folder import folder_files, hf_faults
+from converters.places import Piece, Place
+from converters.plan import ConvertOptions, FilePlan, Plan, Request, TensorPlan
+from converters.targets.gptq_layout import FLOAT, ROW_STEP, members, shard, stripe
+from converters.targets.gptq_limits import limit_faults, reader_verdicts
+from converters.targets.gptq_spec import GROUP_SIZES, GptqSpec, parse_shape, parse_spec
+from quantize.codecs.gptq import VERSIONS, pack_codes, pack_zeros
+from quantize.errors import ArchiveError
+from quantize.llama import LlamaConfig
+from quantize.reference import INPUTS
+from quantize.solver import SOLVING
+from quantize.solver.linears import QuantizedLinear, quantize_rows
+
+SHARD_BYTES = 5_000_000_000
+_LARGEST = 65504.0
+
+
+@dataclass(frozen=True)
+class GptqTarget:
+    """`--to gptq:4bit-128g`."""
+
+    format: str = "gptq"
+
+    @property
+    def quants(self) -> Sequence[str]:
+        """The bits and group sizes; what may follow them is in `gptq_spec`."""
+        return tuple(GptqSpec(bits, size).shape for bits in (4, 8, 3, 2) for size in GROUP_SIZES)
+
+    def parse(self, text: str) -> str:
+        """Return a quant in its own spelling; raises UsageError."""
+        return str(parse_spec(text))
+
+    def needs_hessians(self, request: Request) -> bool:
+        """Always: that is what GPTQ is."""
+        return True
+
+    def check(self, checkpoint: Checkpoint, request: Request, options: ConvertOptions) -> list[str]:
+        """Return what stands against an export: shapes that no reader loads, a tokenizer without a file."""
+        config, spec = checkpoint.config, parse_spec(request.quant)
+        reasons = hf_faults(checkpoint)
+        shapes = {(each.bits, each.group_size) for each in module_specs(config, spec, options).values()}
+        for bits, group_size in sorted(shapes):
+            reasons += limit_faults(config, bits, group_size)
+        return list(dict.fromkeys([*reasons, *_useless_overrides(config, options)]))
+
+    def plan(self, checkpoint: Checkpoint, request: Request, options: ConvertOptions) -> Plan:
+        """Return the folder's files and what the readers will make of it."""
+        spec, config = parse_spec(request.quant), checkpoint.config
+        specs = module_specs(config, spec, options)
+        quantization = quantization_config(config, spec, options)
+        small = folder_files(checkpoint, quantization)
+        small["quantize_config.json"] = (json.dumps(quantization, indent=2) + "\n").encode()
+        first = {"config.json": small.pop("config.json")}  # renamed last, for it is what readers look for
+        heads = [FilePlan(name, data, len(data)) for name, data in (first | small).items()]
+        unplaced = [_tensor_plan(name, shape, specs) for name, shape in config.tensor_shapes().items()]
+        max_bytes = options.split_max_bytes or SHARD_BYTES
+        files, tensors = shard(unplaced, specs, max_bytes, len(heads))
+        verdicts = reader_verdicts(
+            config, spec.bits, spec.group_size, spec.symmetric, spec.desc_act, options.tensor_parallel
+        )
+        readers = tuple(
+            (
+                verdict.reader,
+                "loads" if verdict.loads else "does not load",
+                _why(verdict.reasons, verdict.kernel_note),
+            )
+            for verdict in verdicts
+        )
+        notes = [f"override {rule}: {count} linears" for rule, count in _overridden(config, options).items()]
+        return Plan(request, (*heads, *files), tuple(tensors), tuple(notes), spec.directory, readers)
+
+    def open_writer(self, plan: Plan, options: ConvertOptions) -> "GptqWriter":
+        """Create the folder under a temporary name; raises OutputError, ArchiveError."""
+        return GptqWriter(plan, options)
+
+
+class GptqWriter:
+    """The folder of one plan, being written."""
+
+    def __init__(self, plan: Plan, options: ConvertOptions) -> None:
+        """Create every file, or go on with an interrupted run's; raises OutputError, ArchiveError."""
+        if options.archive is None:
+            raise ArchiveError("GPTQ needs a statistics archive", hint="give --stats, or let dscq calibrate")
+        self._plan, self._hashed, self._effort = plan, options.hash_tensors, options.effort
+        self._specs = {t.name: parse_spec(t.quant) for t in plan.tensors if t.quant != FLOAT}
+        self._hessians = Hessians(options.archive, options.device)
+        self._reused, self._errors, self._lock = Counter[str](), dict[str, list[float]](), Lock()
+        self._donors = None if options.fresh else Donors(options.folder)
+        self._folder = ExportFolder(plan, options)
+
+    @property
+    def reused(self) -> Mapping[str, int]:
+        """Bytes that earlier runs had made, by the checkpoint's names of tensors."""
+        return self._reused
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Dampings that had to be raised, and the errors of the linears that this run rounded."""
+        shares = {name: lost / energy for name, (lost, energy) in self._errors.items() if energy > 0}
+        if not shares:
+            return self._hessians.log
+        worst = max(shares, key=lambda name: shares[name])
+        mean = sum(shares.values()) / len(shares)
+        summary = f"share of the outputs' energy lost: {mean:.3g} on average over {len(shares)} linears, "
+        return (*self._hessians.log, f"{summary}{shares[worst]:.3g} at most ({worst})")
+
+    def put(self, name: str, first_row: int, rows: torch.Tensor) -> Piece:
+        """Quantize rows (n, K) of a linear, or round those of another tensor, and write them."""
+        tensor = self._plan.by_name[name]
+        file, spec = self._folder.files[tensor.file], self._specs.get(name)
+        if spec is None:
+            n_bytes = 2 * rows.numel()
+            place = Place(tensor.offset + 2 * first_row * rows.shape[1], n_bytes)
+            data = rows.to(torch.float16).contiguous().view(torch.uint8).numpy()
+            return file.put((place,), data.data.cast("B"), hashed=self._hashed)
+        settings = spec.settings(self._effort)
+        rounding = f"{SOLVING} {settings} {self._hessians.archive.identity(name)} {self._hessians.device}"
+        key = slice_key(rows, str(spec), 0, None, f"{rounding} {first_row == 0}")
+        places = stripe(tensor, spec, first_row, len(rows))
+        found = file.reuse(key, places, self._donors)
+        if found is not None:
+            with self._lock:
+                self._reused[name] += found.n_bytes
+            return found
+        shared = self._hessians.input_of(name, settings)
+        result = quantize_rows(rows.to(self._hessians.device), shared)
+        self._note(name, result)
+        return file.write(key, places, memoryview(_packed(result, spec, with_index=first_row == 0)))
+
+    def _note(self, name: str, result: QuantizedLinear) -> None:
+        with self._lock:
+            sums = self._errors.setdefault(name, [0.0, 0.0])
+            sums[0] += result.lost
+            sums[1] += result.energy
+
+    def flush(self) -> None:
+        """Wait until the disk has everything."""
+        self._folder.flush()
+
+    def commit(self) -> None:
+        """Give the folder its name."""
+        self._folder.commit()
+
+    def abort(self) -> None:
+        """Leave what was written for the next run."""
+        self._folder.abort()
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        self._folder.discard()
+
+
+def _packed(result: QuantizedLinear, spec: GptqSpec, *, with_index: bool) -> bytes:
+    """Return the bytes of a stripe: qweight, qzeros, scales, and g_idx if it belongs to it."""
+    parts = [
+        pack_codes(result.codes.cpu(), spec.bits),
+        pack_zeros(result.zeros.cpu(), spec.bits, spec.version),
+        result.scales.cpu().T.contiguous(),
+    ]
+    if with_index:
+        parts.append(result.g_idx.cpu())
+    return b"".join(part.numpy().tobytes() for part in parts)
+
+
+def module_specs(config: LlamaConfig, spec: GptqSpec, options: ConvertOptions) -> dict[str, GptqSpec]:
+    """Return what each linear of the decoder blocks becomes, by the checkpoint's names of tensors."""
+    names = [name for name in config.tensor_shapes() if _is_linear(name)]
+    specs = dict.fromkeys(names, spec)
+    for pattern, shape in reversed(options.module_bits):  # the first that matches counts
+        bits, group_size = parse_shape(shape)
+        changed = replace(spec, bits=bits, group_size=group_size)
+        specs |= {name: changed for name in names if re.search(pattern, name.removesuffix(".weight"))}
+    return specs
+
+
+def quantization_config(config: LlamaConfig, spec: GptqSpec, options: ConvertOptions) -> dict[str, Any]:
+    """Return what config.json and quantize_config.json say: every key that one of the readers asks for."""
+    settings = spec.settings(options.effort)
+    checkpoint_format = next(name for name, number in VERSIONS.items() if number == spec.version)
+    dynamic = {}
+    for pattern, shape in options.module_bits:
+        bits, group_size = parse_shape(shape)
+        # Readers match from the start of a module's name.
+        dynamic[f"+:.*(?:{pattern})"] = {"bits": bits, "group_size": group_size}
+    return {
+        "bits": spec.bits,
+        "group_size": spec.group_size,
+        "desc_act": spec.desc_act,
+        "sym": spec.symmetric,
+        "lm_head": False,
+        "quant_method": "gptq",
+        "format": checkpoint_format,
+        "checkpoint_format": checkpoint_format,
+        "pack_dtype": "int32",
+        "damp_percent": settings.damp,
+        "static_groups": False,
+        "true_sequential": False,
+        "meta": {"quantizer": [f"dscq:{version('dscq')}"]},
+        **({"dynamic": dynamic} if dynamic else {}),
+    }
+
+
+def _is_linear(name: str) -> bool:
+    return any(name.endswith(f".{linear}.weight") for linear in INPUTS)
+
+
+def _overridden(config: LlamaConfig, options: ConvertOptions) -> dict[str, int]:
+    """Return for each override how many linears it is the first to match."""
+    counts = {f"{pattern}={shape}": 0 for pattern, shape in options.module_bits}
+    for name in filter(_is_linear, config.tensor_shapes()):
+        module = name.removesuffix(".weight")
+        first = next((rule for rule in options.module_bits if re.search(rule[0], module)), None)
+        if first is not None:
+            counts["=".join(first)] += 1
+    return counts
+
+
+def _useless_overrides(config: LlamaConfig, options: ConvertOptions) -> list[str]:
+    return [
+        f"--tensor-type {rule}: no linear of a decoder block has such a name that no earlier rule matches"
+        for rule, count in _overridden(config, options).items()
+        if not count
+    ]
+
+
+def _why(reasons: Sequence[str], kernel_note: str) -> str:
+    return "; ".join([*reasons, *([kernel_note] if kernel_note else [])])
+
+
+def _tensor_plan(name: str, shape: tuple[int, ...], specs: Mapping[str, GptqSpec]) -> TensorPlan:
+    spec = specs.get(name)
+    tensor = TensorPlan(
+        name=name,
+        written_name=name.removesuffix(".weight") if spec is not None else name,
+        shape=shape,
+        quant=FLOAT if spec is None else str(spec),
+        reason="not a linear of a decoder block" if spec is None else "a linear of a decoder block",
+        n_bytes=0,
+        file=0,
+        offset=0,
+        row_step=1 if spec is None else ROW_STEP,
+        overflow=_LARGEST,
+        compensated=spec is not None,
+    )
+    return replace(tensor, n_bytes=sum(member.n_bytes for member in members(tensor, specs)))
