@@ -18,7 +18,7 @@ Three things to know of byte-level BPE as DeepSeek Coder has it:
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -52,13 +52,15 @@ class CheckpointTokenizer:
     """Text to ids as at inference, ids to text, and the vocabulary that an export writes.
 
     `json_text` is the tokenizer.json it runs on, `n_tokens` counts the rows that have a token, `notes` is
-    what the user should hear (a rule that was inferred, files that disagree).
+    what the user should hear (a rule that was inferred, files that disagree). `generation` is the content of
+    generation_config.json, {} where there is none (as in a GGUF).
     """
 
     vocabulary: Vocabulary
     n_tokens: int
     json_text: str
     notes: tuple[str, ...] = ()
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Return the ids of `text`; special tokens written in it are taken as such.
@@ -142,7 +144,7 @@ def read_tokenizer(folder: Path, n_rows: int, *, eos: EosRule = "model") -> Chec
     notes = (
         roles.notes if not files.tokenizer.get("normalizer") or not KNOWN[pre].nfc else (*roles.notes, _NFC)
     )
-    return _running(vocabulary, files.tokenizer_json, notes)
+    return _running(vocabulary, files.tokenizer_json, notes, files.generation_config)
 
 
 def _vocabulary(
@@ -194,7 +196,7 @@ def tokenizer_from_vocabulary(vocabulary: Vocabulary) -> CheckpointTokenizer:
             "merges": list(vocabulary.merges),
         },
     }
-    return _running(vocabulary, json.dumps(content, ensure_ascii=False), ())
+    return _running(vocabulary, json.dumps(content, ensure_ascii=False), (), {})
 
 
 _ADDED_TYPES: Final = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
@@ -205,10 +207,12 @@ def _added_token(token_id: int, text: str, kind: TokenType) -> dict[str, Any]:
     return {"id": token_id, "content": text, **flags, "special": kind is not TokenType.USER_DEFINED}
 
 
-def _running(vocabulary: Vocabulary, json_text: str, notes: tuple[str, ...]) -> CheckpointTokenizer:
+def _running(
+    vocabulary: Vocabulary, json_text: str, notes: tuple[str, ...], generation: Mapping[str, Any]
+) -> CheckpointTokenizer:
     """Start the tokenizer, and make sure that every added token got the id that the file says."""
     n_tokens = sum(1 for kind in vocabulary.token_types if kind is not TokenType.UNUSED)
-    tokenizer = CheckpointTokenizer(vocabulary, n_tokens, json_text, notes)
+    tokenizer = CheckpointTokenizer(vocabulary, n_tokens, json_text, notes, generation)
     running = tokenizer.running
     rows = enumerate(zip(vocabulary.tokens, vocabulary.token_types, strict=True))
     moved = [text for i, (text, kind) in rows if kind in _ADDED_TYPES and running.token_to_id(text) != i]
