@@ -26,6 +26,7 @@ class SourceChoices(OpenChoices):
     require_proof: bool
     probe_tokens: int | None
     llama_lib: Path | None
+    readers: Path | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +155,12 @@ def _calibrated(
 
 def verify(terminal: Terminal, choices: VerifyChoices) -> None:
     """Prove a file that is there; its report goes beside it, and the file stays as it is."""
+    from converters.proof.file import GGUF, GPTQ
     from converters.prove import check_report_place, prove_file, ready_verifier
 
     report = check_report_place(choices.file, choices.report)
-    verifier = ready_verifier(opened(terminal, choices, choices.reference), choices)
+    kind = GPTQ if choices.file.is_dir() else GGUF
+    verifier = ready_verifier(opened(terminal, choices, choices.reference), choices, [kind])
     prove_file(terminal, verifier, choices.file, report)
 
 
@@ -231,7 +234,7 @@ def _write(
 
 
 def inspect(terminal: Terminal, path: Path, *, list_tensors: bool, plot: Path | None, force: bool) -> None:
-    """Describe a GGUF, a checkpoint folder or a statistics archive; what is wrong with it comes last."""
+    """Describe a GGUF, a folder of weights or a statistics archive; what is wrong with it comes last."""
     from converters.calibration import check_free
     from converters.inspect import inspect_path
     from converters.stats.manifest import NAME

@@ -8,6 +8,7 @@ import click
 
 SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 Command = Callable[..., None]
@@ -90,6 +91,12 @@ PROOF_OPTIONS = options(
         help="Size of the probe text; default: about 6000, one row of which passes position 4096.",
     ),
     click.option("--llama-lib", type=EXISTING_FILE, help="Another libllama than the wheel's."),
+    click.option(
+        "--readers",
+        type=EXISTING_FOLDER,
+        envvar="DSCQ_GPTQ_READERS",
+        help="The folder of GPTQ readers that scripts/gptq_readers made; default: $DSCQ_GPTQ_READERS.",
+    ),
     click.option(
         "--device",
         help="Where the reference forward runs and convert encodes: cpu (the default), cuda, cuda:1. Several "

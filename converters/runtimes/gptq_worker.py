@@ -12,7 +12,7 @@ line of JSON for each step on standard output.
         The folder's own tokenizer on the texts, and all rows' logits, raw f32 (tokens, vocab), one after
         the other.
 
-AutoGPTQ computes in f32 on its torch path; GPTQModel, through transformers, in bf16: it takes no f32.
+AutoGPTQ computes in f32 on its torch path; GPTQModel, through transformers, in f16 or bf16.
 """
 
 import json
@@ -97,10 +97,10 @@ def autogptq_model(folder: str) -> Any:
 
 
 def gptqmodel_model(folder: str) -> Any:
-    """Load a folder with transformers and GPTQModel behind it, as users do; bf16, which overflows nowhere."""
+    """Load a folder with transformers and GPTQModel behind it, as users do, in the dtype of its config."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype="auto")
 
 
 def forward(request: dict[str, Any]) -> None:
