@@ -17,7 +17,7 @@ from click.shell_completion import get_completion_class
 
 from converters import calibration, commands
 from converters.options import (
-    EXISTING_FILE,
+    EXISTING,
     EXISTING_FOLDER,
     OUTPUT_OPTIONS,
     PROOF_OPTIONS,
@@ -131,7 +131,7 @@ def calibrate(quiet: bool, as_json: bool, **chosen: Any) -> None:
 
 
 @dscq.command()
-@click.argument("file", type=EXISTING_FILE)
+@click.argument("file", type=EXISTING)
 @click.option(
     "--reference",
     required=True,
@@ -146,11 +146,12 @@ def calibrate(quiet: bool, as_json: bool, **chosen: Any) -> None:
 @PROOF_OPTIONS
 @OUTPUT_OPTIONS
 def verify(quiet: bool, as_json: bool, **chosen: Any) -> None:
-    """Prove FILE (of a split: its first shard) against the checkpoint that it was made from.
+    """Prove FILE, a GGUF (of a split: its first shard) or a folder of GPTQ weights, against its checkpoint.
 
     \b
     Examples:
       dscq verify out/model-Q8_0.gguf --reference ./model
+      dscq verify out/model-GPTQ-4bit-128g --reference ./model --readers ~/gptq-readers
       dscq verify out/model-F16.gguf --reference deepseek-ai/deepseek-coder-1.3b-base --probe-tokens 1000
     """
     commands.verify(Terminal(quiet, as_json), commands.VerifyChoices(**chosen))

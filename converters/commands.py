@@ -77,10 +77,12 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     plans = plan_exports(checkpoint, requests, options)
     verifier = None
     if not (choices.no_proof or choices.dry_run):
+        from converters.proof.file import KINDS
         from converters.prove import prove_written, ready_verifier
 
         # Before the work starts: a device or a library that is not there must not show after an hour.
-        verifier = ready_verifier(checkpoint, choices)
+        kinds = {KINDS[request.format] for request in requests}
+        verifier = ready_verifier(checkpoint, choices, sorted(kinds, key=lambda kind: kind.name))
     if will_calibrate(choices, requests):
         options = calibrated(terminal, choices, checkpoint, plans, options)
         plans = plan_exports(checkpoint, requests, options)
@@ -129,10 +131,12 @@ def _convert_options(choices: ConvertChoices, formats: set[str]) -> "ConvertOpti
 
 def verify(terminal: Terminal, choices: VerifyChoices) -> None:
     """Prove a file that is there; its report goes beside it, and the file stays as it is."""
+    from converters.proof.file import GGUF, GPTQ
     from converters.prove import check_report_place, prove_file, ready_verifier
 
     report = check_report_place(choices.file, choices.report)
-    verifier = ready_verifier(opened(terminal, choices, choices.reference), choices)
+    kind = GPTQ if choices.file.is_dir() else GGUF
+    verifier = ready_verifier(opened(terminal, choices, choices.reference), choices, [kind])
     prove_file(terminal, verifier, choices.file, report)
 
 
@@ -178,7 +182,7 @@ def _write(
 
 
 def inspect(terminal: Terminal, path: Path, *, list_tensors: bool, plot: Path | None, force: bool) -> None:
-    """Describe a GGUF, a checkpoint folder or a statistics archive; what is wrong with it comes last."""
+    """Describe a GGUF, a folder of weights or a statistics archive; what is wrong with it comes last."""
     from converters.calibration import check_free
     from converters.inspect import inspect_path
     from converters.stats.manifest import NAME

@@ -45,17 +45,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(config: Mapping[str, Any]) -> LlamaConfig:
+def read_config(config: Mapping[str, Any], *, quantized: bool = False) -> LlamaConfig:
     """Return the record of a Llama from the content of its `config.json`.
 
     `context_length` is `max_position_embeddings`, the trained length (the tokenizer's `model_max_length`
     is a note for users and often wrong). Keys that transformers defaults without danger are optional:
     `num_key_value_heads` (as many as heads), `head_dim` (hidden size / heads), `rope_theta` (10000),
-    `tie_word_embeddings` (false).
+    `tie_word_embeddings` (false). With `quantized` a `quantization_config` is no reason against it: whoever
+    asks has read that.
     Raises CheckpointError with every reason why the model is not supported.
     """
     rope, rope_reasons = read_rope(config)
-    reasons = [*_kind_reasons(config), *_size_reasons(config), *_tying_reasons(config), *rope_reasons]
+    reasons = [
+        *_kind_reasons(config, quantized),
+        *_size_reasons(config),
+        *_tying_reasons(config),
+        *rope_reasons,
+    ]
     if not reasons:
         reasons = list(_head_reasons(config))
     if reasons:
@@ -82,7 +88,7 @@ def _optional(config: Mapping[str, Any], key: str, default: int) -> int:
     return default if value is None else int(value)
 
 
-def _kind_reasons(config: Mapping[str, Any]) -> Iterator[str]:
+def _kind_reasons(config: Mapping[str, Any], quantized: bool) -> Iterator[str]:
     """Yield what makes the model another one than the plain Llama."""
     architectures, model_type = config.get("architectures"), config.get("model_type")
     if not architectures and model_type != "llama":
@@ -97,12 +103,12 @@ def _kind_reasons(config: Mapping[str, Any]) -> Iterator[str]:
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             yield f"{key}: found {config[key]!r}; supported: false (matrices without bias)"
-    yield from _foreign_reasons(config)
+    yield from _foreign_reasons(config, quantized)
 
 
-def _foreign_reasons(config: Mapping[str, Any]) -> Iterator[str]:
+def _foreign_reasons(config: Mapping[str, Any], quantized: bool) -> Iterator[str]:
     quantization = config.get("quantization_config")
-    if quantization:
+    if quantization and not quantized:
         method = (
             quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
         )

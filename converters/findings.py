@@ -1,4 +1,4 @@
-"""What is wrong with a DeepSeek Coder GGUF, told from its metadata alone.
+"""What is wrong with a DeepSeek Coder GGUF, told from its metadata alone, or with a GPTQ folder.
 
 Many files of this family are in circulation that load without a word and answer badly: made before llama.cpp
 knew the pre-tokenizer, or by a converter that lost the RoPE factor or the BOS rule. Each fault has a
@@ -8,7 +8,11 @@ sentence that says what it does to the output. All of them are mended by a new c
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from converters.config import read_json
+from converters.gptq_config import MAIN, SIDE_FILES
+from converters.gptq_source import GptqFolder
 from converters.vocabulary import TokenType, Vocabulary
+from quantize.codecs.gptq import unpack_zeros
 from quantize.llama import LlamaConfig
 
 PRE = "deepseek-coder"
@@ -79,3 +83,40 @@ def _missing_keys(metadata: Mapping[str, Any]) -> Iterator[str]:
             + ", ".join(roles)
             + "): runtimes have to guess them by text"
         )
+
+
+def gptq_findings(file: GptqFolder) -> tuple[str, ...]:
+    """Return a sentence for everything that some reader of a GPTQ folder will take otherwise than others."""
+    family = MARKER in file.vocabulary.tokens and file.config.context_length > 4096
+    rope = _rope_faults(file.config) if family else ()
+    return (*rope, *_config_faults(file), *_zero_faults(file))
+
+
+def _config_faults(file: GptqFolder) -> Iterator[str]:
+    folder = file.paths[0]
+    config = read_json(folder / MAIN)
+    if config.get("rope_theta") is None:
+        yield f"{MAIN} has no top-level rope_theta: AutoGPTQ and exllamav2 take 10000"
+    if file.config.rope_factor != 1 and config.get("rope_scaling") is None:
+        yield f"{MAIN} has no top-level rope_scaling: readers of before transformers 5 do not scale positions"
+    side, other = SIDE_FILES
+    if not (folder / side).is_file():
+        instead = f" ({other} is read by none of them)" if (folder / other).is_file() else ""
+        yield f"no {side}: AutoGPTQ looks there{instead}"
+    if not any(place.startswith(MAIN) for place in file.quantization.stated_in):
+        yield f"{MAIN} has no quantization_config: transformers and vLLM take the folder for unquantized"
+    if "desc_act" not in file.quantization.fields:
+        yield "the quantization config has no desc_act: vLLM refuses the folder"
+
+
+def _zero_faults(file: GptqFolder) -> Iterator[str]:
+    """Yield linears with zero-points that readers take differently."""
+    odd = [name for name, scheme in file.weights.schemes.items() if _zero_range(file, name, scheme.bits)]
+    if odd:
+        where = f"{len(odd)} tensors, first {odd[0]}"
+        yield f"zero-points outside 1 to 2^bits - 1, which readers take differently: {where}"
+
+
+def _zero_range(file: GptqFolder, name: str, bits: int) -> bool:
+    zeros = unpack_zeros(file.weights.part(name, "qzeros"), bits, file.quantization.version)
+    return int(zeros.min()) < 1 or int(zeros.max()) >= 2**bits

@@ -18,7 +18,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from converters.gguf_file import GgufHead, TensorEntry, read_head, shard_name
+from converters.gguf_file import BLOCK_SIZES, GgufHead, TensorEntry, read_head, shard_name
 from converters.gguf_metadata import read_llama_config, read_vocabulary
 from converters.names import gguf_name, hf_name, is_rotary, unpermute
 from converters.vocabulary import Vocabulary
@@ -104,6 +104,17 @@ class GgufFile:
     def blocks(self, name: str) -> torch.Tensor:
         """Return one tensor's bytes as stored, uint8 (N, row_bytes), rows in the checkpoint's order."""
         return self.weights.blocks(name)
+
+    def block_size(self, name: str) -> int:
+        """Return how many neighbouring columns share a block."""
+        return BLOCK_SIZES[self.tensor_types[name]]
+
+    def steps(self, name: str) -> None:
+        """Return nothing: the check of zero-points is not for these types."""
+
+    def by_scale(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor as it is: a block's columns lie next to each other."""
+        return tensor
 
 
 def open_gguf(path: Path) -> GgufFile:

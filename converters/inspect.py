@@ -6,14 +6,17 @@ Only what cannot be read is an error.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from converters.checkpoint import open_checkpoint
-from converters.findings import gguf_findings
+from converters.findings import gguf_findings, gptq_findings
 from converters.gguf_file import GgufHead, read_head
 from converters.gguf_source import GgufFile, open_gguf
+from converters.gptq_config import quantization_of
+from converters.gptq_source import PARTS, GptqFolder, module_of, open_gptq
 from converters.vocabulary import TokenType, Vocabulary
 from quantize.errors import CheckpointError, DscqError, TokenizerError
 from quantize.llama import LlamaConfig
@@ -54,11 +57,13 @@ class Inspection:
 
 
 def inspect_path(path: Path) -> Inspection:
-    """Open a `.gguf` (of a split: its first shard) or a checkpoint folder and describe it.
+    """Open a `.gguf` (of a split: its first shard), a GPTQ folder or a checkpoint folder and describe it.
 
     Raises CheckpointError or TokenizerError with all reasons for a checkpoint that cannot be opened, and
     CheckpointError for a GGUF that is truncated or corrupt.
     """
+    if path.is_dir() and (quantization_of(path) or {}).get("quant_method") == "gptq":
+        return _inspect_gptq(open_gptq(path))
     if not path.is_file() or path.suffix.lower() != ".gguf":
         return _inspect_checkpoint(path)
     try:
@@ -76,6 +81,34 @@ def _inspect_checkpoint(path: Path) -> Inspection:
     facts = model_facts(opened.config) | vocabulary_facts(opened.tokenizer.vocabulary)
     facts["licence"] = opened.provenance.licence or "not stated"
     return Inspection(str(path), "checkpoint", facts, rows, opened.notes)
+
+
+def _inspect_gptq(file: GptqFolder) -> Inspection:
+    stored = file.weights.stored
+    rows = tuple(
+        TensorRow(name, shape, file.tensor_types[name], sum(_stored_bytes(file, name)))
+        for name, shape in file.weights.shapes.items()
+    )
+    size = sum(path.stat().st_size for path in file.files)
+    scheme = file.quantization.scheme
+    groups = f"groups of {scheme.group_size}" if scheme.group_size > 0 else "one group a row"
+    symmetry = "symmetric" if scheme.sym else "asymmetric"
+    order = "by activation (desc_act)" if scheme.desc_act else "natural order"
+    facts = model_facts(file.config) | vocabulary_facts(file.vocabulary)
+    facts["quantization"] = (
+        f"{scheme.bits} bits, {groups}, {symmetry}, {order}, format {file.quantization.format_name}"
+    )
+    facts["files"] = (
+        f"{len(file.files)}, {len(stored)} tensors, {size:,} bytes, "
+        f"{8 * size / file.config.n_parameters:.3f} bits per weight"
+    )
+    return Inspection(str(file.paths[0]), "GPTQ folder", facts, rows, gptq_findings(file))
+
+
+def _stored_bytes(file: GptqFolder, name: str) -> Iterator[int]:
+    """Yield the bytes of everything that makes up one tensor."""
+    parts = [name] if name not in file.weights.schemes else [f"{module_of(name)}.{part}" for part in PARTS]
+    yield from (file.weights.stored[part].entry.n_bytes for part in parts)
 
 
 def _inspect_gguf(file: GgufFile) -> Inspection:

@@ -8,6 +8,7 @@ import click
 
 SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 Command = Callable[..., None]
@@ -107,7 +108,7 @@ PROOF_OPTIONS = options(
         "--readers",
         type=EXISTING_FOLDER,
         envvar="DSCQ_GPTQ_READERS",
-        help="GPTQ: the folder of the readers' environments, from scripts/gptq_readers.",
+        help="The folder of GPTQ readers that scripts/gptq_readers made; default: $DSCQ_GPTQ_READERS.",
     ),
     click.option(
         "--device",

@@ -6,7 +6,7 @@ was made some time ago, by whatever tool: its name stays, whatever comes out.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from converters.checkpoint import Checkpoint
 from converters.pipeline import mark_failed, reread_hashes
 from converters.plan import Written
 from converters.probe import DEFAULT_TOKENS
+from converters.proof.file import GGUF, Kind
 from converters.proof.record import Check, Figure, Proof, ProofOptions
 from converters.report import build_report, report_path, verdict, write_report
 from converters.terminal import Terminal
@@ -41,6 +42,11 @@ class Choices(Protocol):
         ...
 
     @property
+    def readers(self) -> Path | None:
+        """The folder of the GPTQ readers' environments."""
+        ...
+
+    @property
     def device(self) -> str | None:
         """Where the reference forward runs."""
         ...
@@ -51,8 +57,8 @@ class Choices(Protocol):
         ...
 
 
-def ready_verifier(checkpoint: Checkpoint, choices: Choices) -> Verifier:
-    """Return a verifier whose device, probe and runtime are known to be there.
+def ready_verifier(checkpoint: Checkpoint, choices: Choices, kinds: Iterable[Kind] = (GGUF,)) -> Verifier:
+    """Return a verifier whose device, probe and runtimes, those of `kinds`, are known to be there.
 
     Raises UsageError for a device or a library that is not, VerificationError where the runtime is
     required and missing.
@@ -60,12 +66,14 @@ def ready_verifier(checkpoint: Checkpoint, choices: Choices) -> Verifier:
     options = ProofOptions(
         n_tokens=choices.probe_tokens or DEFAULT_TOKENS,
         llama_lib=choices.llama_lib,
+        readers=choices.readers,
         device=choices.device or "cpu",
         n_threads=choices.n_threads,
         require_runtime=choices.require_proof,
     )
     verifier = Verifier(checkpoint, options)
-    verifier.check_runtime()
+    for kind in kinds:
+        verifier.check_runtime(kind)
     return verifier
 
 
@@ -110,10 +118,17 @@ def _prove_export(terminal: Terminal, verifier: Verifier, written: Written) -> t
 def check_report_place(file: Path, report: Path | None) -> Path:
     """Return where the report of `dscq verify` goes: as asked, or beside the file.
 
-    Raises UsageError, before any work, for a place where it cannot be written or where a model lies.
+    Of a folder, beside that: in it, it would travel with the model. Raises UsageError, before any work, for a
+    place where it cannot be written or where a model lies.
     """
+    file = file.resolve() if file.is_dir() else file  # "." has no name
     place = report or file.with_name(file.name.removesuffix(".gguf") + ".verify.report.json")
-    if place.suffix.lower() == ".gguf" or (place.exists() and place.samefile(file)):
+    in_folder = file.is_dir() and place.exists() and place.resolve().is_relative_to(file)
+    if (
+        place.suffix.lower() in (".gguf", ".safetensors")
+        or in_folder
+        or (place.exists() and place.samefile(file))
+    ):
         raise UsageError(f"--report {place}: a report must not take a model's name")
     if not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
         raise UsageError(f"{place.parent}: the report cannot be written there", hint="give --report PATH")

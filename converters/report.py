@@ -149,7 +149,12 @@ def _figure(figure: Figure) -> dict[str, Any]:
 
 
 def _tensor(tensor: TensorFigures) -> dict[str, Any]:
-    return {"name": tensor.name, "quant": tensor.quant, **dataclasses.asdict(tensor.report)}
+    return {
+        "name": tensor.name,
+        "quant": tensor.quant,
+        "shift": tensor.shift,
+        **dataclasses.asdict(tensor.report),
+    }
 
 
 def _plain(value: Any) -> Any:

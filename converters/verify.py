@@ -1,10 +1,11 @@
-"""The proof of a written file, from its first byte to real llama.cpp's logits.
+"""The proof of a written file, from its first byte to its real runtime's logits.
 
     file       it opens: header, metadata, tensor table and size fit together
     metadata   its figures and its vocabulary are the checkpoint's, field by field
     tensors    (a) every tensor against its source, block by block
     forward    (b) its weights in the reference forward against the checkpoint's, f32 arithmetic on both sides
-    runtime    (c) llama.cpp's logits at every position, its token ids, its view of the metadata
+    runtime    (c) llama.cpp's logits at every position, its token ids, its view of the metadata; of a GPTQ
+               folder AutoGPTQ's and GPTQModel's
 
 All layers run even if an earlier one fails, so that a lost rope factor and a wrong EOS are both named; only a
 file that does not open ends the proof at once. A fault of the file is a failed check and never an
@@ -23,11 +24,13 @@ import torch
 
 from converters.bounds import FileBound, file_bound
 from converters.checkpoint import Checkpoint
-from converters.gguf_source import GgufFile, open_gguf
+from converters.gptq_source import GptqFolder
 from converters.probe import ProbeRows, probe_rows
 from converters.proof.blame import BlamelessWeights, NotTheFileError, not_the_file, one_line
+from converters.proof.file import GGUF, GPTQ, Kind, ModelFile, kind_of
 from converters.proof.forward import Side, Sides, compare_forwards, run_forward
 from converters.proof.metadata import compare_config, compare_vocabulary
+from converters.proof.readers import prove_in_readers
 from converters.proof.record import (
     Check,
     Figure,
@@ -38,8 +41,9 @@ from converters.proof.record import (
     RuntimeState,
     TensorFigures,
 )
-from converters.proof.runtime import Expected, prove_in_runtime
+from converters.proof.runtime import Expected, RuntimeProof, prove_in_runtime
 from converters.proof.tensors import prove_tensors
+from converters.runtimes.gptq_readers import find_readers
 from converters.runtimes.llama_cpp import LlamaCpp
 from quantize.errors import DscqError, RuntimeMissingError, VerificationError
 from quantize.reference import ReferenceModel, usable_device
@@ -71,21 +75,25 @@ class Verifier:
         self.rows = tuple(torch.tensor(row.ids, dtype=torch.int64) for row in self.probe.rows)
         self._checkpoint_side: Side | None = None
 
-    def check_runtime(self) -> None:
-        """Load the runtime's library, without a model: what can fail early fails before hours of work.
+    def check_runtime(self, kind: Kind = GGUF) -> None:
+        """Look for the runtime of a kind, without a model: what can fail early fails before hours of work.
 
-        Raises UsageError for a `llama_lib` that is no libllama, RuntimeFailedError for an installed runtime
+        llama.cpp's library is loaded, the GPTQ readers are looked for. Raises UsageError for a folder without
+        readers, for a `llama_lib` that is no libllama, RuntimeFailedError for an installed runtime
         that does not load, VerificationError where the runtime is required and missing.
         """
         try:
-            LlamaCpp(self.options.llama_lib).check()
+            if kind is GPTQ:
+                find_readers(self.options.readers)
+            else:
+                LlamaCpp(self.options.llama_lib).check()
         except RuntimeMissingError as error:
             if self.options.require_runtime:
                 raise VerificationError(
                     f"the proof needs the runtime, and {error.message}", hint=error.hint
                 ) from error
 
-    def sides(self, file: GgufFile, on_progress: OnProgress) -> Sides:
+    def sides(self, file: ModelFile, on_progress: OnProgress) -> Sides:
         """Return both forwards over the probe, each by its own side's figures."""
         with not_the_file():
             checkpoint_side = self._checkpoint_forward(on_progress)
@@ -100,7 +108,7 @@ class Verifier:
         return self._checkpoint_side
 
     def verify(self, path: Path, on_progress: OnProgress = lambda stage, done, total: None) -> Proof:
-        """Prove a GGUF (of several shards the first); what is wrong with it is a failed check.
+        """Prove a GGUF (of several shards the first) or a GPTQ folder; what is wrong is a failed check.
 
         Raises the checkpoint's own errors, CheckpointError for a source that is gone; DscqError where memory
         or the device fails; UsageError for a `llama_lib` that is none.
@@ -125,7 +133,7 @@ def verify(
 
 
 def _run_layers(path: Path, proof: "_Proof") -> Proof:
-    file = proof.attempt("file", "opens", lambda: open_gguf(path))
+    file = proof.attempt("file", "opens", lambda: kind_of(path).open(path))
     if file is None:
         return proof.finished((path,))
     proof.checks.append(Check("file", "opens", True, detail=f"{len(file.tensor_types)} tensors"))
@@ -198,7 +206,7 @@ class _Proof:
         yield
         self.seconds[layer] = self.seconds.get(layer, 0.0) + time.monotonic() - started
 
-    def metadata(self, file: GgufFile) -> None:
+    def metadata(self, file: ModelFile) -> None:
         """Compare figures and vocabulary."""
         self.checks += compare_config(file.config, self.reference.config)
         expected = self.reference.tokenizer.vocabulary
@@ -207,7 +215,7 @@ class _Proof:
         )
         self.checks += compared or ()
 
-    def tensors(self, file: GgufFile) -> None:
+    def tensors(self, file: ModelFile) -> None:
         """Layer (a)."""
         matrices = [file.tensor_types[n] for n, spec in file.weights.specs().items() if len(spec.shape) > 1]
         self.quant_types = {quant: matrices.count(quant) for quant in sorted(set(matrices))}
@@ -222,7 +230,7 @@ class _Proof:
             self.checks += done.checks
             self.compared = done.tensors
 
-    def forward(self, file: GgufFile) -> Sides | None:
+    def forward(self, file: ModelFile) -> Sides | None:
         """Layer (b); None if there is nothing to compare logits with."""
 
         def work() -> Sides:
@@ -234,15 +242,13 @@ class _Proof:
 
         return self.attempt("forward", "runs", work)
 
-    def runtime(self, file: GgufFile, sides: Sides | None) -> None:
+    def runtime(self, file: ModelFile, sides: Sides | None) -> None:
         """Layer (c)."""
         expected = Expected(self.reference.config, self.reference.tokenizer)
         done = self.attempt(
             "runtime",
             "runs the file",
-            lambda: prove_in_runtime(
-                file.paths[0], expected, sides, self._bound(), self.options, self.on_progress
-            ),
+            lambda: self._in_runtime(file, expected, sides),
         )
         if done is None:
             self.state = RuntimeState("failed")
@@ -250,6 +256,12 @@ class _Proof:
         self.checks += done.checks
         self.figures += done.figures
         self.state = done.state
+
+    def _in_runtime(self, file: ModelFile, expected: Expected, sides: Sides | None) -> RuntimeProof:
+        """Run the file in the runtime of its kind."""
+        if isinstance(file, GptqFolder):
+            return prove_in_readers(file, expected, sides, self._bound(), self.options, self.on_progress)
+        return prove_in_runtime(file.paths[0], expected, sides, self._bound(), self.options, self.on_progress)
 
     def _bound(self) -> FileBound:
         return file_bound(self.quant_types, self.options.predicted_kl)

@@ -98,6 +98,22 @@ def check_blocks(source: torch.Tensor, decoded: torch.Tensor, block_size: int) -
 
 
 @torch.inference_mode()
+def mean_shift(source: torch.Tensor, decoded: torch.Tensor, steps: torch.Tensor) -> float:
+    """Return the mean of (decoded - source) / step over a matrix: how far the whole grid is off, in steps.
+
+    `steps`, f32 (N, K), is the distance of neighbouring codes, with its sign, at each weight; zeros are left
+    out. Rounding has a mean near 0; a zero-point that is one off in every group, as of a file that is read as
+    another version of its format, has -1 or 1, and no block of it is unlike the others.
+    """
+    total, count = 0.0, 0
+    for rows in _row_chunks(source):
+        live = steps[rows] != 0
+        error = (decoded[rows].float() - source[rows].float())[live] / steps[rows][live]
+        total, count = total + float(error.double().sum()), count + error.numel()
+    return total / count if count else 0.0
+
+
+@torch.inference_mode()
 def check_exact(source: torch.Tensor, decoded: torch.Tensor, dtype: torch.dtype) -> BlockReport:
     """Compare a tensor stored in a float type: every bit must be that of the source rounded to `dtype`.
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from converters.cli import main
 from converters.config import read_config
+from quantize.codecs.gptq import VERSIONS, pack_codes, pack_zeros
 from quantize.llama import LlamaConfig
+from quantize.solver.linears import Settings, quantize_linears
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "scripts" / "demo-coder"
@@ -87,6 +89,62 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
         (folder / "config.json").write_text(json.dumps(config), "utf-8")
         for file in TOKENIZER_FILES:
             shutil.copy(DEMO / file, folder / file)
+        return folder
+
+    return make
+
+
+def gptq_tensors(
+    folder: Path, settings: Settings, version: str, into: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Quantize a checkpoint's decoder linears; `into` gets what every tensor then stands for."""
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if tensor.ndim == 1 or ".layers." not in name:
+            stored[name] = into[name] = tensor.half()
+            continue
+        generator = torch.Generator().manual_seed(tensor.shape[1])
+        X = torch.randn(2 * tensor.shape[1], tensor.shape[1], generator=generator)
+        found = quantize_linears({"w": tensor}, X.T @ X / len(X), settings)["w"]
+        module, into[name] = name.removesuffix(".weight"), found.weights()
+        stored[f"{module}.qweight"] = pack_codes(found.codes, settings.bits)
+        stored[f"{module}.qzeros"] = pack_zeros(found.zeros, settings.bits, VERSIONS[version])
+        stored[f"{module}.scales"] = found.scales.T.contiguous()
+        stored[f"{module}.g_idx"] = found.g_idx
+    return stored
+
+
+@pytest.fixture
+def make_gptq(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> MakeCheckpoint:
+    """Return a maker of GPTQ folders: `make_gptq(bits=4, group_size=32, symmetric=True, desc_act=False,
+    version="gptq", name="gptq", source=None, into=None)`, of a checkpoint folder or a random one.
+    """
+
+    def make(
+        bits: int = 4,
+        group_size: int = 32,
+        symmetric: bool = True,
+        desc_act: bool = False,
+        version: str = "gptq",
+        name: str = "gptq",
+        source: Path | None = None,
+        into: dict[str, torch.Tensor] | None = None,
+    ) -> Path:
+        source = make_checkpoint(f"{name}-source") if source is None else source
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = Settings(bits, group_size, symmetric, desc_act, effort="fast")
+        tensors = gptq_tensors(source, settings, version, {} if into is None else into)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        quantization: dict[str, Any] = {"bits": bits}
+        quantization |= {"group_size": group_size or -1, "desc_act": desc_act, "sym": symmetric}
+        quantization |= {"quant_method": "gptq", "format": version, "checkpoint_format": version}
+        (folder / "quantize_config.json").write_text(json.dumps(quantization), "utf-8")
+        config = json.loads((source / "config.json").read_text("utf-8"))
+        config |= {"quantization_config": quantization, "torch_dtype": "float16"}
+        (folder / "config.json").write_text(json.dumps(config), "utf-8")
+        for file in TOKENIZER_FILES:
+            shutil.copy(source / file, folder / file)
         return folder
 
     return make

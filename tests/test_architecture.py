@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted([*ROOT.glob("quantize/**/*.py"), *ROOT.glob("converters/**/*.py")])
+# Runs in another environment, whose transformers are what it judges with; dscq never imports it.
+WORKER = ROOT / "converters" / "runtimes" / "gptq_worker.py"
 HEAVY = ("torch", "numpy", "gguf", "tokenizers", "safetensors", "huggingface_hub", "transformers")
 
 
@@ -33,7 +35,8 @@ def test_quantize_never_imports_converters(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_module_runs_a_checkpoints_code(path: Path) -> None:
-    assert "transformers" not in imported(path)
+    assert path == WORKER or "transformers" not in imported(path)
+    assert "gptq_worker" not in imported(path)
     assert "trust_remote_code" not in path.read_text("utf-8")
 
 

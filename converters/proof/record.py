@@ -46,11 +46,13 @@ class ProofOptions:
 
     `n_tokens` is the size of the probe text; `predicted_kl`, where a plan predicted the mean KL divergence
     of the file, replaces the type's bound by a multiple of it. `require_runtime` makes a missing runtime a
-    failure. `n_threads` is for everything: the tensors, the forward, the runtime.
+    failure; `readers` is the folder of the
+    GPTQ readers' environments. `n_threads` is for everything: the tensors, the forward, the runtime.
     """
 
     n_tokens: int = DEFAULT_TOKENS
     llama_lib: Path | None = None
+    readers: Path | None = None
     device: str = "cpu"
     n_threads: int = 2
     require_runtime: bool = False
@@ -59,11 +61,15 @@ class ProofOptions:
 
 @dataclass(frozen=True)
 class TensorFigures:
-    """One tensor of layer (a): its quant type, and what the block test found."""
+    """One tensor of layer (a): its quant type, what the block test found, and how many steps its grid is off.
+
+    `shift` is None for types without zero-points of their own.
+    """
 
     name: str
     quant: str
     report: BlockReport
+    shift: float | None = None
 
 
 @dataclass(frozen=True)

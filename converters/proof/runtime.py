@@ -61,7 +61,7 @@ def prove_in_runtime(
         try:
             worker = LlamaCpp(options.llama_lib).start()
         except RuntimeMissingError as error:
-            return _without_runtime(error, options)
+            return without_runtime(error, options)
     collected: list[Check] = []
     figures: list[Figure] = []
     state = RuntimeState(version=worker.version)
@@ -76,16 +76,17 @@ def prove_in_runtime(
                 collected += (kl_check("runtime", figure, _bound(figure, bound)) for figure in figures)
     except RuntimeFailedError as error:
         collected.append(Check("runtime", "runs the file", False, detail=one_line(error)))
-    return RuntimeProof(tuple(collected), tuple(figures), _concluded(state, collected, sides))
+    return RuntimeProof(tuple(collected), tuple(figures), concluded(state, collected, sides))
 
 
-def _without_runtime(error: RuntimeMissingError, options: ProofOptions) -> RuntimeProof:
+def without_runtime(error: RuntimeMissingError, options: ProofOptions) -> RuntimeProof:
+    """Return the layer where no runtime is installed: a failed check only if one was required."""
     required = Check("runtime", "installed", False, detail=one_line(error))
     checks = (required,) if options.require_runtime else ()
     return RuntimeProof(checks, (), RuntimeState("unproven in the runtime", hint=error.hint))
 
 
-def _concluded(state: RuntimeState, checks: Sequence[Check], sides: Sides | None) -> RuntimeState:
+def concluded(state: RuntimeState, checks: Sequence[Check], sides: Sides | None) -> RuntimeState:
     """Return the state after all checks: facts and token ids alone are no proof of the weights."""
     if not all(check.passed for check in checks):
         return replace(state, status="failed")

@@ -12,12 +12,11 @@ from typing import Final
 
 import torch
 
-from converters.bounds import GAIN, bound_of
+from converters.bounds import GAIN, MOST_SHIFT, bound_of
 from converters.checkpoint import Checkpoint
-from converters.gguf_file import BLOCK_SIZES
-from converters.gguf_source import GgufFile
+from converters.proof.file import ModelFile
 from converters.proof.record import Check, OnProgress, TensorFigures
-from quantize.fidelity import BlockReport, check_blocks, check_exact
+from quantize.fidelity import BlockReport, check_blocks, check_exact, mean_shift
 
 FLOATS: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STAGE = "tensors against their source"
@@ -34,7 +33,7 @@ class TensorProof:
 
 
 def prove_tensors(
-    file: GgufFile, reference: Checkpoint, *, n_threads: int, on_progress: OnProgress
+    file: ModelFile, reference: Checkpoint, *, n_threads: int, on_progress: OnProgress
 ) -> TensorProof:
     """Compare all tensors; those that only one side has, or with other shapes, are a failed check."""
     expected = reference.config.tensor_shapes()
@@ -50,13 +49,16 @@ def prove_tensors(
     return TensorProof((_same_list(found, expected), *_judge(tensors)), tuple(tensors))
 
 
-def compare_tensor(file: GgufFile, reference: Checkpoint, name: str) -> TensorFigures:
+def compare_tensor(file: ModelFile, reference: Checkpoint, name: str) -> TensorFigures:
     """Load one tensor from both sides and compare it as its quant type demands."""
     quant = file.tensor_types[name]
     source, stored = reference.weights.load(name), file.weights.load(name)
     if quant in FLOATS:
         return TensorFigures(name, quant, check_exact(source, stored, FLOATS[quant]))
-    return TensorFigures(name, quant, check_blocks(source, stored, BLOCK_SIZES[quant]))
+    pair = file.by_scale(name, source), file.by_scale(name, stored)
+    steps = file.steps(name)
+    shift = None if steps is None else mean_shift(source, stored, steps)
+    return TensorFigures(name, quant, check_blocks(*pair, file.block_size(name)), shift)
 
 
 @contextmanager
@@ -91,6 +93,12 @@ def _judge(tensors: Sequence[TensorFigures]) -> Iterable[Check]:
         yield _all_of(quantized, "blocks within their tensor", _no_outlier, _outliers)
         yield _all_of(quantized, "gain", _gain_fits, lambda t: f"{t.name} {t.report.gain:.3f}")
         yield _worst_relative_error(quantized)
+    if shifted := [t for t in quantized if t.shift is not None]:
+        yield _all_of(shifted, "zero-points", _in_place, lambda t: f"{t.name} is {t.shift:.2f} steps off")
+
+
+def _in_place(tensor: TensorFigures) -> bool:
+    return tensor.shift is not None and abs(tensor.shift) <= MOST_SHIFT
 
 
 def _no_outlier(tensor: TensorFigures) -> bool:
