@@ -60,7 +60,8 @@ def convert(
         pieces = stream(checkpoint.weights, exports, options, on_event)
         for export in exports:
             export.writer.flush()
-        write_licences(licences, checkpoint.provenance.name, options.folder)
+        if not all(plan.directory for plan in plans):  # an export that is a folder has its own
+            write_licences(licences, checkpoint.provenance.name, options.folder)
         for export in exports:
             export.writer.commit()
             remove_stale(export.plan, options.folder)

@@ -70,6 +70,8 @@ class Kind:
 
 GGUF = Kind("GGUF", open_gguf)
 GPTQ = Kind("GPTQ folder", open_gptq)
+KINDS = {"gguf": GGUF, "gptq": GPTQ}
+"""The kind that each target writes."""
 
 
 def kind_of(path: Path) -> Kind:

@@ -5,7 +5,6 @@ norms and output matrix stay half precision, as all readers expect. Codes are st
 under the scale in half precision: nothing is rounded twice.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from converters.hf_folder import folder_files, hf_faults
 from converters.places import Piece, Place
 from converters.plan import ConvertOptions, FilePlan, Plan, Request, TensorPlan
 from converters.targets.gptq_layout import FLOAT, ROW_STEP, members, shard, stripe
-from converters.targets.gptq_limits import limit_faults, reader_verdicts
+from converters.targets.gptq_limits import limit_faults, reader_verdicts, verdict_rows
 from converters.targets.gptq_spec import GROUP_SIZES, GptqSpec, parse_shape, parse_spec
 from quantize.codecs.gptq import VERSIONS, pack_codes, pack_zeros
 from quantize.errors import ArchiveError
@@ -71,7 +70,6 @@ class GptqTarget:
         specs = module_specs(config, spec, options)
         quantization = quantization_config(config, spec, options)
         small = folder_files(checkpoint, quantization)
-        small["quantize_config.json"] = (json.dumps(quantization, indent=2) + "\n").encode()
         first = {"config.json": small.pop("config.json")}  # renamed last, for it is what readers look for
         heads = [FilePlan(name, data, len(data)) for name, data in (first | small).items()]
         unplaced = [_tensor_plan(name, shape, specs) for name, shape in config.tensor_shapes().items()]
@@ -80,16 +78,15 @@ class GptqTarget:
         verdicts = reader_verdicts(
             config, spec.bits, spec.group_size, spec.symmetric, spec.desc_act, options.tensor_parallel
         )
-        readers = tuple(
-            (
-                verdict.reader,
-                "loads" if verdict.loads else "does not load",
-                _why(verdict.reasons, verdict.kernel_note),
-            )
-            for verdict in verdicts
-        )
         notes = [f"override {rule}: {count} linears" for rule, count in _overridden(config, options).items()]
-        return Plan(request, (*heads, *files), tuple(tensors), tuple(notes), spec.directory, readers)
+        return Plan(
+            request,
+            (*heads, *files),
+            tuple(tensors),
+            tuple(notes),
+            spec.directory,
+            tuple(verdict_rows(verdicts)),
+        )
 
     def open_writer(self, plan: Plan, options: ConvertOptions) -> "GptqWriter":
         """Create the folder under a temporary name; raises OutputError, ArchiveError."""
@@ -243,10 +240,6 @@ def _useless_overrides(config: LlamaConfig, options: ConvertOptions) -> list[str
         for rule, count in _overridden(config, options).items()
         if not count
     ]
-
-
-def _why(reasons: Sequence[str], kernel_note: str) -> str:
-    return "; ".join([*reasons, *([kernel_note] if kernel_note else [])])
 
 
 def _tensor_plan(name: str, shape: tuple[int, ...], specs: Mapping[str, GptqSpec]) -> TensorPlan:
