@@ -2,11 +2,11 @@
 
 DeepSeek Coder's own files name `LlamaTokenizerFast` and leave BOS to that class. Readers make of it:
 
-    transformers 4              right: the class puts BOS before a text, by `add_bos_token`
-    transformers 5.0 to 5.20    the class replaces the byte-level pre-tokenizer by SentencePiece's Metaspace
-                                and says nothing: all spaces are lost ("int x;" becomes "intx;")
-    transformers 5.22, 5.23     the class is replaced by the general one, and with it BOS is lost
-    tokenizers alone            right but for BOS
+    transformers 4               right: the class puts BOS before a text, by `add_bos_token`
+    transformers 5.10, 5.15      the class replaces the byte-level pre-tokenizer by SentencePiece's Metaspace
+                                 and says nothing: all spaces are lost ("int x;" becomes "intx;")
+    transformers 5.0, 5.23       the class is replaced by the general one, and with it BOS is lost
+    tokenizers alone             right but for BOS
 
 So nothing is left to a class here. `tokenizer_class` is `PreTrainedTokenizerFast`, the general class that
 runs tokenizer.json as it stands (transformers 5 knows it under its old name), and tokenizer.json itself

@@ -9,6 +9,7 @@ that is not 4 in exllamav2) as wrong weights. K is in_features (columns), N out_
 | the file             | 2, 3, 4, 8 | divides K           | K % 32, N % 32                |              |
 | auto-gptq (torch)    | 2, 3, 4, 8 | any                 |                               |              |
 | GPTQModel torch      | 2, 3, 4, 8 | -1, 16 ... 1024     |                               |              |
+| GPTQModel torch_fused| 4          | 32, 64, 128         |                               | symmetric    |
 | GPTQModel triton     | 2, 4, 8    | -1, 16 ... 1024     | K % 32, N % 32                |              |
 | GPTQModel exllamav2  | 4          | -1, 32, 64, 128     | K % 32, N % 32                |              |
 | GPTQModel marlin     | 4, 8       | -1, 32, 64, 128     | K % 128, N % 64 or turned     | symmetric    |
@@ -34,6 +35,7 @@ GROUP_SIZES: Final = (-1, 16, 32, 64, 128, 256, 512, 1024)
 _WORD: Final = 32  # codes and zero points are packed into words of 32 bits, and 3-bit ones into three words
 _VLLM_GROUPS: Final = (128, 64, 32)
 _PARALLEL: Final = (8, 4, 2, 1)
+_SYMMETRIC: Final = "it takes symmetric grids alone"
 _ROWS_PER_WORDS: Final = {2: 16, 3: 32, 4: 8, 8: 4}
 
 
@@ -57,22 +59,33 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A kernel's rules; a shape fits when N and K are multiples of one of the `tiles` (N, K)."""
+    """A kernel's rules; a shape fits when N and K are multiples of one of the `tiles` (N, K).
+
+    `asymmetric_fault` says what is wrong with zero points other than the middle, "" where nothing is.
+    """
 
     reader: str
     bits: tuple[int, ...]
     groups: tuple[int, ...]
     tiles: tuple[tuple[int, int], ...] = ((1, 1),)
-    sym_only: bool = False
+    asymmetric_fault: str = ""
     note: str = ""
 
 
 _GPTQMODEL: Final = (
     _Kernel("GPTQModel torch", BITS, GROUP_SIZES, note="any device, slow"),
+    # It says that it takes zero points, and (7.6.0) reads none of them, without a word.
+    _Kernel(
+        *("GPTQModel torch_fused", (4,), (32, 64, 128)),
+        asymmetric_fault="it ignores zero points: wrong weights; on a CPU ask for the backend torch",
+        note="chosen by itself on a CPU",
+    ),
     _Kernel("GPTQModel triton", (2, 4, 8), GROUP_SIZES, ((32, 32),), note="CUDA"),
     _Kernel("GPTQModel exllamav2", (4,), (-1, 32, 64, 128), ((32, 32),), note="CUDA"),
     _Kernel(
-        "GPTQModel marlin", (4, 8), (-1, 32, 64, 128), ((64, 128), (128, 64)), True, "CUDA, from Turing on"
+        *("GPTQModel marlin", (4, 8), (-1, 32, 64, 128), ((64, 128), (128, 64))),
+        asymmetric_fault=_SYMMETRIC,
+        note="CUDA, from Turing on",
     ),
     _Kernel("GPTQModel machete", (4, 8), (-1, 64, 128), ((128, 64),), note="CUDA, Hopper only"),
 )
@@ -137,18 +150,18 @@ def _verdict(reader: str, reasons: Sequence[str], note: str = "") -> Verdict:
 
 
 def _grid_reasons(
-    settings: _Settings, bits: Sequence[int], groups: Sequence[int], sym_only: bool
+    settings: _Settings, bits: Sequence[int], groups: Sequence[int], asymmetric_fault: str = ""
 ) -> Iterator[str]:
     if settings.bits not in bits:
         yield f"{settings.bits} bits; it takes {_either(bits)}"
     if settings.group_size not in groups:
         yield f"group size {settings.group_size}; it takes {_either(groups)}"
-    if sym_only and not settings.sym:
-        yield "asymmetric; it takes symmetric grids alone"
+    if asymmetric_fault and not settings.sym:
+        yield f"asymmetric; {asymmetric_fault}"
 
 
 def _kernel_verdict(kernel: _Kernel, config: LlamaConfig, settings: _Settings) -> Verdict:
-    reasons = list(_grid_reasons(settings, kernel.bits, kernel.groups, kernel.sym_only))
+    reasons = list(_grid_reasons(settings, kernel.bits, kernel.groups, kernel.asymmetric_fault))
     for (n, k), names in _shapes(config).items():
         if not any(n % rows == 0 and k % columns == 0 for rows, columns in kernel.tiles):
             wanted = " or ".join(f"{rows} x {columns}" for rows, columns in kernel.tiles)
@@ -157,7 +170,7 @@ def _kernel_verdict(kernel: _Kernel, config: LlamaConfig, settings: _Settings) -
 
 
 def _auto_gptq(settings: _Settings) -> Verdict:
-    reasons = list(_grid_reasons(settings, BITS, (settings.group_size,), False))
+    reasons = list(_grid_reasons(settings, BITS, (settings.group_size,)))
     note = "exllamav2 kernel on CUDA, else torch" if settings.bits == 4 else "no exllama kernel: torch"
     return _verdict("auto-gptq", reasons, note)
 
@@ -256,7 +269,7 @@ def _marlin_cost(config: LlamaConfig, tp: int) -> str:
 
 
 def _vllm_gptq(config: LlamaConfig, settings: _Settings, tp: int) -> Verdict:
-    reasons = list(_grid_reasons(settings, BITS, (settings.group_size,), False))
+    reasons = list(_grid_reasons(settings, BITS, (settings.group_size,)))
     if unsplit := list(_split_reasons(config, tp)):
         return _verdict("vLLM gptq", [*reasons, *unsplit])
     reasons += _group_reasons(config, settings.group_size, tp)
@@ -269,7 +282,7 @@ def _vllm_gptq(config: LlamaConfig, settings: _Settings, tp: int) -> Verdict:
 
 
 def _vllm_marlin(config: LlamaConfig, settings: _Settings, tp: int) -> Verdict:
-    reasons = list(_grid_reasons(settings, (4, 8), (-1, *_VLLM_GROUPS), True))
+    reasons = list(_grid_reasons(settings, (4, 8), (-1, *_VLLM_GROUPS), _SYMMETRIC))
     if unsplit := list(_split_reasons(config, tp)):
         return _verdict("vLLM gptq_marlin", [*reasons, *unsplit])
     reasons += [*_group_reasons(config, settings.group_size, tp), *_marlin_shape_reasons(config, tp)]

@@ -17,8 +17,8 @@ SIZES = {
     "33b": (7168, 19200, 62, 56, 8),
 }
 READERS = (
-    *("auto-gptq", "GPTQModel torch", "GPTQModel triton", "GPTQModel exllamav2", "GPTQModel marlin"),
-    *("GPTQModel machete", "transformers", "exllamav2", "vLLM gptq", "vLLM gptq_marlin"),
+    *("auto-gptq", "GPTQModel torch", "GPTQModel torch_fused", "GPTQModel triton", "GPTQModel exllamav2"),
+    *("GPTQModel marlin", "GPTQModel machete", "transformers", "exllamav2", "vLLM gptq", "vLLM gptq_marlin"),
 )
 
 
@@ -56,7 +56,7 @@ def test_every_reader_takes_the_usual_settings_on_one_gpu(member: str) -> None:
     assert tuple(found) == READERS
     assert loading(found) == set(READERS)
     assert limit_faults(family(member), 4, 128) == []
-    kernels = "torch, triton, exllamav2, marlin, machete"
+    kernels = "torch, torch_fused, triton, exllamav2, marlin, machete"
     assert found["transformers"].kernel_note == f"through optimum and GPTQModel: {kernels}"
 
 
@@ -116,7 +116,7 @@ def test_heads_are_divided_or_repeated() -> None:
     [
         (2, {"auto-gptq", "GPTQModel torch", "GPTQModel triton", "transformers", "vLLM gptq"}),
         (3, {"auto-gptq", "GPTQModel torch", "transformers", "vLLM gptq"}),
-        (8, set(READERS) - {"GPTQModel exllamav2", "exllamav2"}),
+        (8, set(READERS) - {"GPTQModel torch_fused", "GPTQModel exllamav2", "exllamav2"}),
     ],
 )
 def test_other_widths_have_fewer_readers(bits: int, expected: set[str]) -> None:
@@ -134,8 +134,11 @@ def test_transformers_names_the_kernels_that_are_left() -> None:
 
 
 def test_asymmetric_grids_lose_marlin() -> None:
-    lost = set(READERS) - loading(verdicts(family("6.7b"), sym=False))
-    assert lost == {"GPTQModel marlin", "vLLM gptq_marlin"}
+    found = verdicts(family("6.7b"), sym=False)
+    lost = set(READERS) - loading(found)
+    assert lost == {"GPTQModel torch_fused", "GPTQModel marlin", "vLLM gptq_marlin"}
+    assert found["vLLM gptq_marlin"].reasons == ("asymmetric; it takes symmetric grids alone",)
+    assert "it ignores zero points: wrong weights" in found["GPTQModel torch_fused"].reasons[0]
 
 
 def test_large_groups_lose_the_fast_kernels() -> None:
@@ -205,4 +208,4 @@ def test_rows_of_the_table() -> None:
     rows = verdict_rows(reader_verdicts(family("6.7b"), 3, 128, True, False, 1))
     assert [row[0] for row in rows] == list(READERS)
     assert rows[1] == ("GPTQModel torch", "loads", "any device, slow")
-    assert rows[3] == ("GPTQModel exllamav2", "no", "3 bits; it takes 4")
+    assert rows[4] == ("GPTQModel exllamav2", "no", "3 bits; it takes 4")
