@@ -203,6 +203,10 @@ class Q8_0(Codec):
         blocks[:, 2:] = rounded.to(torch.int8).view(torch.uint8)
         return blocks.reshape(len(rows), -1)
 
+    def pack(self, fields: Fields) -> torch.Tensor:
+        """Return d, then the codes, int8 (B, 32): blocks of a scale that was chosen elsewhere."""
+        return torch.cat([half_bytes(fields.d), fields.codes.view(torch.uint8)], dim=1)
+
     def decode(self, blocks: torch.Tensor, n_columns: int) -> torch.Tensor:
         """Return d * code."""
         parts = blocks.reshape(-1, self.block_bytes)  # (blocks, 34)
