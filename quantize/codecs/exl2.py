@@ -24,7 +24,8 @@ file knows nothing of that. Np is N rounded up to a multiple of 32.
 A code of the outputs past N is 2^(bits - 1), a scale 0 (stored as 15): the value is zero. The order of inputs
 itself (q_perm) is not stored, for the runtime sorts it out of q_invperm.
 
-Source: exllamav2 0.3.2, `AdaptiveGPTQ.pack`, `make_q_matrix`, `q_matrix.cu`.
+Source: exllamav2 0.3.2, `AdaptiveGPTQ.pack`, `make_q_matrix`, `q_matrix.cu`; docs/exl2.md says how they judge
+what is written here.
 """
 
 from collections.abc import Sequence
