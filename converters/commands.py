@@ -44,7 +44,7 @@ class ConvertChoices(SourceChoices):
     imatrix: Path | None
     stats: Path | None
     calibrate: bool
-    rounding: Literal["plain", "weighted"] | None
+    rounding: Literal["plain", "weighted", "compensated"] | None
     effort: Literal["fast", "default", "high"] | None
     tensor_parallel: int | None
     tensor_types: tuple[str, ...]

@@ -37,8 +37,11 @@ def _refuse_idle(choices: "ConvertChoices", formats: set[str]) -> None:
     for name, options in {"gguf": of_gguf, "gptq": of_gptq}.items():
         if name not in formats and (idle := _given(options)):
             raise UsageError(f"{', '.join(idle)}: only for {name}:, which is not asked for")
-    if choices.effort is not None and formats == {"gguf"}:
-        raise UsageError("--effort: nothing here is rounded with Hessians")
+    measured = choices.stats is not None or choices.calibrate
+    if choices.effort is not None and formats == {"gguf"} and (not measured or _is_simple(choices)):
+        raise UsageError(
+            "--effort: nothing here is rounded with Hessians", hint="give --stats or --calibrate"
+        )
 
 
 def _refuse_two_measurements(choices: "ConvertChoices", formats: set[str]) -> None:
@@ -51,9 +54,12 @@ def _refuse_two_measurements(choices: "ConvertChoices", formats: set[str]) -> No
     given = _given(sources)
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)}: the importances can come from one of them only")
-    if choices.rounding == "weighted" and not given:
+    if choices.rounding in ("weighted", "compensated") and not given:
+        fault = f"--rounding {choices.rounding}: there is nothing to weigh with"
+        raise UsageError(fault, hint=f"give {', '.join(sources)}")
+    if choices.rounding == "compensated" and choices.imatrix is not None:
         raise UsageError(
-            "--rounding weighted: there is nothing to weigh with", hint=f"give {', '.join(sources)}"
+            "--rounding compensated: --imatrix has no Hessians", hint="give --stats or --calibrate"
         )
     if choices.rounding == "plain" and given and formats == {"gguf"}:
         raise UsageError(f"--rounding plain leaves nothing to do for {given[0]}")
@@ -61,6 +67,10 @@ def _refuse_two_measurements(choices: "ConvertChoices", formats: set[str]) -> No
         raise UsageError(
             "--dry-run: --calibrate would do hours of work", hint="run dscq calibrate, then give --stats"
         )
+
+
+def _is_simple(choices: "ConvertChoices") -> bool:
+    return choices.rounding in ("plain", "weighted")
 
 
 def _given(options: Mapping[str, bool]) -> list[str]:

@@ -5,24 +5,32 @@ the last two inputs are enough to keep: that of the matrix that the slowest thre
 """
 
 from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from threading import Lock
+from typing import Generic, TypeVar
+
+import torch
 
 from converters.stats.archive import Archive
 from quantize.errors import ArchiveError
-from quantize.solver.linears import Input, Settings, prepare_input
+
+Settings = TypeVar("Settings", bound=Hashable)
+Prepared = TypeVar("Prepared")
+Prepare = Callable[[torch.Tensor, Settings, str], tuple[Prepared, tuple[str, ...]]]
+"""From H, settings and a name for messages to what a solver shares, and what went otherwise than planned."""
 
 _KEPT = 2
 
 
-class Hessians:
-    """The Hessians of an archive, factored for the solver on a device when they are asked for."""
+class Hessians(Generic[Settings, Prepared]):
+    """The Hessians of an archive, prepared for a solver on a device when they are asked for."""
 
-    def __init__(self, archive: Archive, device: str = "cpu") -> None:
+    def __init__(self, archive: Archive, prepare: Prepare[Settings, Prepared], device: str = "cpu") -> None:
         """Raises ArchiveError for an archive that has diagonals alone."""
         check_hessians(archive)
-        self.archive, self.device = archive, device
-        self._made: OrderedDict[tuple[str, Settings], Future[Input]] = OrderedDict()
+        self.archive, self.device, self._prepare = archive, device, prepare
+        self._made: OrderedDict[tuple[str, Settings], Future[Prepared]] = OrderedDict()
         self._lock, self._log = Lock(), list[str]()
 
     @property
@@ -30,8 +38,10 @@ class Hessians:
         """What went otherwise than planned: a damping that had to be raised."""
         return tuple(self._log)
 
-    def input_of(self, name: str, settings: Settings) -> Input:
-        """Return the input of a matrix, by its name in the checkpoint; raises HessianError, ArchiveError.
+    def prepared(self, name: str, settings: Settings) -> Prepared:
+        """Return what is shared by the matrices of an input, by the checkpoint's name of one of them.
+
+        Raises HessianError where H cannot be factored, ArchiveError.
 
         Whoever asks first makes it, and the others wait.
         """
@@ -48,13 +58,13 @@ class Hessians:
                 made.set_exception(error)
         return made.result()
 
-    def _make(self, name: str, settings: Settings) -> Input:
+    def _make(self, name: str, settings: Settings) -> Prepared:
         H = self.archive.statistics(name).hessian
         if H is None:
             raise ArchiveError(f"{self.archive.folder}: no Hessian for {name}")
-        shared = prepare_input(H.to(self.device), settings, name)
-        self._log += shared.factor.log
-        return shared
+        made, log = self._prepare(H.to(self.device), settings, name)
+        self._log += log
+        return made
 
 
 def check_hessians(archive: Archive) -> None:

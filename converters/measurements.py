@@ -1,7 +1,7 @@
 """The statistics that a conversion is made with, from wherever the user said.
 
     --imatrix      importances of the columns, for GGUF
-    --stats        an archive: importances for GGUF, and Hessians
+    --stats        an archive: Hessians, and for types that are not compensated the importances in them
     --calibrate    the archive is made first, on the built-in text, in OUTPUT/stats; so it is where a format
                    needs Hessians and nothing was given
 
@@ -62,7 +62,7 @@ def _with_archive(
     archive.check_model(checkpoint, values=not choices.dry_run)
     if _hessians_needed(requests):
         check_hessians(archive)
-    options = replace(options, archive=archive)
+    options = _compensating(choices, replace(options, archive=archive))
     # Reading them takes a look at every member: only where somebody weighs with them.
     weighing = choices.rounding != "plain" and any(request.format == "gguf" for request in requests)
     return replace(options, importances=archive.importances()) if weighing else options
@@ -88,10 +88,22 @@ def calibrated(
     check_destination(plans, options, checkpoint.source_files)
     read_licences(checkpoint)
     archive = calibrated_archive(terminal, checkpoint, choices, choices.output)
-    options = replace(options, archive=archive)
+    options = _compensating(choices, replace(options, archive=archive))
     if weighed and choices.imatrix is None and choices.rounding != "plain":
         return replace(options, importances=archive.importances())
     return options
+
+
+def _compensating(choices: "ConvertChoices", options: "ConvertOptions") -> "ConvertOptions":
+    """Return the options with GGUF's way of rounding: compensated where there are Hessians."""
+    from converters.hessians import check_hessians
+
+    if options.archive is None:
+        raise AssertionError("there is no archive")
+    if choices.rounding == "compensated":
+        check_hessians(options.archive)
+    by_default = choices.rounding is None and not options.archive.diagonal_only
+    return replace(options, compensate=by_default or choices.rounding == "compensated")
 
 
 def _hessians_needed(requests: Sequence["Request"]) -> bool:

@@ -69,8 +69,9 @@ TYPE_OPTIONS = options(
     ),
     click.option(
         "--rounding",
-        type=click.Choice(["plain", "weighted"]),
-        help="Weigh errors by importances, or do not; default: weighted where there are importances.",
+        type=click.Choice(["plain", "weighted", "compensated"]),
+        help="GGUF: errors as they are, weighed by importances, or compensated with Hessians; default: the "
+        "last that can be.",
     ),
     click.option(
         "--effort",

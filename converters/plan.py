@@ -42,9 +42,9 @@ class ConvertOptions:
     encoded: cpu, cuda (all GPUs in turn) or cuda:1; the bytes are the same. `fresh` makes every tensor anew,
     whatever earlier runs left in the folder.
 
-    `archive` has the Hessians that errors are compensated with, `effort` says how hard the solver tries;
-    `module_bits` are (regular expression on a linear's name, bits and group size as 8bit-32g), of
-    GPTQ alone; `tensor_parallel` is the number of GPUs that a server will split each matrix over.
+    `archive` has the Hessians that errors are compensated with, in GGUF if `compensate`; `effort` says how
+    hard the solver tries; `module_bits` are (regular expression on a linear's name, bits and group size as
+    8bit-32g), of GPTQ alone; `tensor_parallel` is the number of GPUs that a server will split a matrix over.
     """
 
     folder: Path
@@ -60,6 +60,7 @@ class ConvertOptions:
     device: str = "cpu"
     fresh: bool = False
     archive: Archive | None = None
+    compensate: bool = False
     effort: Effort = "default"
     module_bits: tuple[tuple[str, str], ...] = ()
     tensor_parallel: int = 1

@@ -18,6 +18,7 @@ from converters.checkpoint import Checkpoint
 from converters.disk import rename_all
 from converters.donors import Donors, is_noted, slice_key
 from converters.gguf_file import head_bytes, padded, shard_name
+from converters.hessians import Hessians
 from converters.journal import JournaledFile, remove_other_shards
 from converters.names import gguf_name, is_rotary, permute
 from converters.places import Piece, Place
@@ -28,6 +29,9 @@ from quantize.codecs import codec
 from quantize.codecs.encoder import Encoder, encoding_gpus
 from quantize.errors import PlanError, UsageError
 from quantize.recipes import ALIASES, RECIPES, Choice
+from quantize.solver import SOLVING
+from quantize.solver.blocks import BlockFactor, encode_compensated, prepare_blocks
+from quantize.solver.linears import Effort
 
 _READ_ONLY = {
     **dict.fromkeys(("TQ1_0", "TQ2_0"), "a model must be trained for ternary weights"),
@@ -107,6 +111,9 @@ class GgufWriter:
         """Create every file in its full length, or go on with an interrupted run's; raises OutputError."""
         self._plan = plan
         self._importances = {} if options.importances is None else options.importances.rows
+        compensating = any(tensor.compensated for tensor in plan.tensors)
+        self._hessians = _hessians(options) if compensating else None
+        self._effort = options.effort
         self._encoder, self._hashed = Encoder(encoding_gpus(options.device)), options.hash_tensors
         self._reused, self._lock = Counter[str](), Lock()
         self._files: list[JournaledFile] = []
@@ -127,8 +134,8 @@ class GgufWriter:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Nothing goes otherwise than planned."""
-        return ()
+        """Dampings that had to be raised."""
+        return () if self._hessians is None else self._hessians.log
 
     def put(self, name: str, first_row: int, rows: torch.Tensor) -> Piece:
         """Encode whole heads or rows (n, K), in GGUF's order of rows, and write them at their offset."""
@@ -136,9 +143,9 @@ class GgufWriter:
         kind, importance = codec(tensor.quant), self._importances.get(name)
         row_bytes = kind.row_bytes(rows.shape[1])
         places = (Place(tensor.offset + first_row * row_bytes, len(rows) * row_bytes),)
-        if not is_noted(kind, importance):
+        if not tensor.compensated and not is_noted(kind, importance):
             return file.put(places, self._encoded(name, rows), hashed=self._hashed)
-        key = slice_key(rows, kind.name, tensor.row_step if is_rotary(name) else 0, importance)
+        key = self._key(tensor, rows, importance)
         found = file.reuse(key, places, self._donors)
         if found is not None:
             with self._lock:
@@ -146,10 +153,21 @@ class GgufWriter:
             return found
         return file.write(key, places, self._encoded(name, rows))
 
+    def _key(self, tensor: TensorPlan, rows: torch.Tensor, importance: torch.Tensor | None) -> str:
+        order = tensor.row_step if is_rotary(tensor.name) else 0
+        if self._hessians is None or not tensor.compensated:
+            return slice_key(rows, tensor.quant, order, importance)
+        rounding = f"{SOLVING} {self._effort} {self._hessians.archive.identity(tensor.name)}"
+        return slice_key(rows, tensor.quant, order, None, rounding)
+
     def _encoded(self, name: str, rows: torch.Tensor) -> memoryview:
         tensor = self._plan.by_name[name]
         # The row step of q and k is a head: rows change places within it alone.
         ordered = permute(rows, tensor.row_step) if is_rotary(name) else rows
+        if self._hessians is not None and tensor.compensated:
+            factor = self._hessians.prepared(name, self._effort)
+            blocks = encode_compensated(codec(tensor.quant), ordered.float(), factor, self._effort)
+            return blocks.numpy().data.cast("B")
         # Importances are of columns, which keep their order.
         blocks = self._encoder.encode(codec(tensor.quant), ordered, self._importances.get(name))
         return blocks.numpy().data.cast("B")
@@ -193,10 +211,25 @@ class _Layout:
         return head_bytes(writer, entries)
 
 
+def _hessians(options: ConvertOptions) -> Hessians[Effort, BlockFactor]:
+    if options.archive is None:
+        raise AssertionError("the plan compensates without an archive")
+    return Hessians(options.archive, _prepared)
+
+
+def _prepared(H: torch.Tensor, effort: Effort, name: str) -> tuple[BlockFactor, tuple[str, ...]]:
+    factor = prepare_blocks(H, name=name)
+    return factor, factor.log
+
+
 def _unplaced(types: GgufTypes) -> list[TensorPlan]:
     """Return every tensor with its type and the reason for it, at no place yet."""
     shapes, head_dim = types.config.tensor_shapes(), types.config.head_dim
-    return [_tensor_plan(name, shapes[name], choice, head_dim) for name, choice in types.choices.items()]
+    compensated = types.compensated()
+    return [
+        replace(_tensor_plan(name, shapes[name], choice, head_dim), compensated=name in compensated)
+        for name, choice in types.choices.items()
+    ]
 
 
 def _tensor_plan(name: str, shape: tuple[int, ...], choice: Choice, head_dim: int) -> TensorPlan:

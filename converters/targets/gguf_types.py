@@ -24,6 +24,7 @@ from quantize.codecs import CODECS, codec
 from quantize.errors import UsageError
 from quantize.llama import EMBEDDING, HEAD, LlamaConfig
 from quantize.recipes import OUTPUT, TOKEN_EMBD, Choice, Place, Recipe, fitted, mixed, requires_importances
+from quantize.solver.blocks import compensated_types
 
 _VECTORS = Choice("F32", "vectors are always F32")
 _BLOCK_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
@@ -56,6 +57,14 @@ class GgufTypes:
         """Return every reason why these types cannot be written."""
         return [*self._useless_overrides(), *self._unfit_options(), *self._missing_importances()]
 
+    def compensated(self) -> frozenset[str]:
+        """Return the checkpoint's names of the tensors that are rounded with their inputs' Hessians."""
+        archive = self.options.archive
+        if archive is None or not self.options.compensate:
+            return frozenset()
+        kinds, measured = compensated_types(), archive.linears()
+        return frozenset(name for name in measured if self.choices[name].quant in kinds)
+
     def notes(self) -> list[str]:
         """Return what the overrides did, which matrices the importances serve, and what no GPU encodes."""
         notes = [
@@ -64,6 +73,9 @@ class GgufTypes:
         ]
         if self.options.importances is not None:
             notes += self._importance_notes()
+        if self.options.compensate:
+            count, effort = len(self.compensated()), self.options.effort
+            notes.append(f"{count} tensors are rounded with error compensation, effort {effort}")
         return notes + (self._device_notes() if self.options.on_gpu else [])
 
     def importance_users(self) -> list[str]:

@@ -30,7 +30,7 @@ from quantize.errors import ArchiveError
 from quantize.llama import LlamaConfig
 from quantize.reference import INPUTS
 from quantize.solver import SOLVING
-from quantize.solver.linears import QuantizedLinear, quantize_rows
+from quantize.solver.linears import Input, QuantizedLinear, Settings, prepare_input, quantize_rows
 
 SHARD_BYTES = 5_000_000_000
 _LARGEST = 65504.0
@@ -102,7 +102,7 @@ class GptqWriter:
             raise ArchiveError("GPTQ needs a statistics archive", hint="give --stats, or let dscq calibrate")
         self._plan, self._hashed, self._effort = plan, options.hash_tensors, options.effort
         self._specs = {t.name: parse_spec(t.quant) for t in plan.tensors if t.quant != FLOAT}
-        self._hessians = Hessians(options.archive, options.device)
+        self._hessians = Hessians(options.archive, _prepared, options.device)
         self._reused, self._errors, self._lock = Counter[str](), dict[str, list[float]](), Lock()
         self._donors = None if options.fresh else Donors(options.folder)
         self._folder = ExportFolder(plan, options)
@@ -141,7 +141,7 @@ class GptqWriter:
             with self._lock:
                 self._reused[name] += found.n_bytes
             return found
-        shared = self._hessians.input_of(name, settings)
+        shared = self._hessians.prepared(name, settings)
         result = quantize_rows(rows.to(self._hessians.device), shared)
         self._note(name, result)
         return file.write(key, places, memoryview(_packed(result, spec, with_index=first_row == 0)))
@@ -167,6 +167,11 @@ class GptqWriter:
     def discard(self) -> None:
         """Remove what was written."""
         self._folder.discard()
+
+
+def _prepared(H: torch.Tensor, settings: Settings, name: str) -> tuple[Input, tuple[str, ...]]:
+    shared = prepare_input(H, settings, name)
+    return shared, shared.factor.log
 
 
 def _packed(result: QuantizedLinear, spec: GptqSpec, *, with_index: bool) -> bytes:

@@ -1,8 +1,8 @@
 """Error-compensated rounding to ggml's block types: bytes that every reader of the type decodes.
 
-A row's columns are taken 256 at a time: a super-block of the K-quants, or eight blocks of 32. H is factored by
-such blocks as it is by columns in quantize/solver/factor.py, H = M S Mᵀ, M with identities on its diagonal and
-otherwise zero on one side of it, S zero but for blocks of 256 × 256. The loss of a row's errors e is then
+A row's columns are taken 256 at a time: a super-block of the K-quants, or eight blocks of 32. H is factored
+by such blocks as it is by columns in quantize/solver/factor.py, H = M S Mᵀ, M with identities on its diagonal
+and otherwise zero on one side of it, S zero but for blocks of 256 × 256. The loss of a row's errors e is then
 
     e H eᵀ = Σ_b (e M)_b S_b (e M)_bᵀ        (e M)_b = e_b + Σ_{a before b} e_a M_ab
 

@@ -1,0 +1,2 @@
+// Included by the runtime's headers, used by nothing that is compiled here.
+#pragma once
