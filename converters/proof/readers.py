@@ -93,6 +93,8 @@ def _token_checks(
     reader: Reader, answer: ReaderAnswer, tokenizer: CheckpointTokenizer, texts: dict[str, list[int]]
 ) -> list[Check]:
     """Compare the reader's ids with the checkpoint's over the probe corpus, and the ids with a role."""
+    if answer.tokenizer_fault:
+        return [Check("runtime", f"token ids in {reader.label}", False, detail=answer.tokenizer_fault)]
     faults = [
         f"{text[:40]!r}: {first_difference(got, want)}"
         for got, (text, want) in zip(answer.ids, texts.items(), strict=True)

@@ -24,7 +24,7 @@ VARIABLE: Final = "DSCQ_GPTQ_READERS"
 MAKE: Final = "scripts/gptq_readers DIR, then --readers DIR"
 LABELS: Final = {"autogptq": "AutoGPTQ", "gptqmodel": "GPTQModel"}
 _WORKER = Path(__file__).with_name("gptq_worker.py")
-_LAST_LINES = 6
+_LAST_LINES = 2
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Reader:
 class ReaderAnswer:
     """What a reader made of a folder: its version, dtype, ids of the texts, and every row's logits.
 
-    `logits` maps raw f32 (tokens, vocab) of all rows, one after the other, while the file is there.
+    `logits` maps raw f32 (tokens, vocab) of all rows, one after the other, while the file is there. Where the
+    folder's tokenizer does not load, `tokenizer_fault` says why, and there are no ids.
     """
 
     version: str
@@ -66,6 +67,7 @@ class ReaderAnswer:
     bos: int | None
     eos: int | None
     logits: npt.NDArray[np.float32]
+    tokenizer_fault: str = ""
 
 
 def find_readers(folder: Path | None) -> tuple[Reader, ...]:
@@ -115,8 +117,9 @@ def read_with(
         if n_tokens
         else np.empty((0, 0), np.float32)
     )
-    ids = tuple(tuple(text) for text in said["ids"])
-    return ReaderAnswer(said["version"], said["dtype"], ids, said["bos"], said["eos"], mapped)
+    ids = tuple(tuple(text) for text in said.get("ids", ()))
+    roles, fault = (said.get("bos"), said.get("eos")), said.get("tokenizer_fault", "")
+    return ReaderAnswer(said["version"], said["dtype"], ids, *roles, mapped, fault)
 
 
 def _lines(reader: Reader, request: Path, n_threads: int) -> Iterator[dict[str, Any]]:
@@ -141,6 +144,9 @@ def _lines(reader: Reader, request: Path, n_threads: int) -> Iterator[dict[str, 
                 raise
         if process.returncode:
             log.seek(0)
-            words = log.read().decode("utf-8", errors="replace").splitlines()
-            last = [line.strip() for line in words if line.strip()][-_LAST_LINES:]
-            raise RuntimeFailedError(f"{reader.label} ended with status {process.returncode}", reasons=last)
+            said = log.read().decode("utf-8", errors="replace").splitlines()
+            # Of a traceback, what is not indented: the exception's own words.
+            last = [line for line in said if line[:1].strip() and not line.startswith("Traceback")]
+            raise RuntimeFailedError(
+                f"{reader.label} ended with status {process.returncode}", reasons=last[-_LAST_LINES:]
+            )

@@ -105,17 +105,25 @@ def gptqmodel_model(folder: str) -> Any:
 
 def forward(request: dict[str, Any]) -> None:
     """Tokenize the texts, then run the rows and write their logits."""
-    from transformers import AutoTokenizer
-
     load = {"autogptq": autogptq_model, "gptqmodel": gptqmodel_model}[request["reader"]]
-    tokenizer = AutoTokenizer.from_pretrained(request["folder"])
-    ids = [tokenizer(text)["input_ids"] for text in request["texts"]]
-    say({"ids": ids, "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id})
+    try:
+        say(tokenize(request["folder"], request["texts"]))
+    except Exception as error:  # the weights may be right all the same
+        say({"tokenizer_fault": f"{type(error).__name__}: {error}"})
     model = load(request["folder"]).eval()
     say({"dtype": str(model.dtype), "n_vocab": model.config.vocab_size})
     with Path(request["logits"]).open("wb") as out, torch.no_grad():
         for row in request["rows"]:
             run_row(model, row, out)
+
+
+def tokenize(folder: str, texts: list[str]) -> dict[str, Any]:
+    """Return each text's ids by the folder's own tokenizer, BOS included where that adds it, and roles."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    return {"ids": ids, "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
 
 
 def run_row(model: Any, row: list[int], out: BinaryIO) -> None:
