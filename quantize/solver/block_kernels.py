@@ -170,9 +170,9 @@ def refit_block(
     """Move the scales of every sub-block of a block (N, B) to their best; set what that added to Ŵ.
 
     `gradient` is (W - Ŵ) H, `hessian` (B, B), `levels` those of the codes less the middle. `scales`, f32
-    (6, N, G), holds d, dmin, step, drop, scale and base of each sub-block, the last four of which are changed.
-    `limits` are the smallest and largest step, the largest drop, and whether d and base are halves that stand
-    alone, with no integers.
+    (6, N, G), holds d, dmin, step, drop, scale and base of each sub-block, the last four of which are
+    changed. `limits` are the smallest and largest step, the largest drop, and whether d and base are halves
+    that stand alone, with no integers.
     """
     n_groups = scales.shape[2]
     n = gradient.shape[1] // n_groups
