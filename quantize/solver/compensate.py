@@ -16,7 +16,7 @@ from quantize.codecs.native.arithmetic import Floats
 from quantize.products import linear
 from quantize.solver import kernels
 from quantize.solver.factor import Factor
-from quantize.solver.grid import Grid, is_uniform, nearest_codes
+from quantize.solver.grid import Columns, Grid, is_uniform, nearest_codes
 
 BLOCK = 64
 """Columns of a block. 64 columns of 64 rows are 16 KB, half of a first-level cache."""
@@ -48,7 +48,7 @@ class Walk:
         self.target = self.weights.clone()
         self._codes = torch.zeros(W.shape, dtype=torch.uint8, device=W.device)
 
-    def take(self, start: int, end: int, grid: Grid) -> None:
+    def take(self, start: int, end: int, grid: Columns) -> None:
         """Round the columns start..end on a grid whose columns are in the order of rounding."""
         feedback = self.factor.feedback[start:end]
         place = torch.arange(start, end, device=self.weights.device)

@@ -9,7 +9,9 @@ loss, a scale as it is after rounding to half precision; so the loss of a row ne
     G  <-  G - ΔŴ[:, block] H[block, :]       after each block, one matrix product
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ import torch
 from quantize.products import linear
 from quantize.solver import kernels
 from quantize.solver.compensate import BLOCK, array, grid_arrays
-from quantize.solver.grid import Grid, nearest_codes
+from quantize.solver.grid import Columns, Grid, nearest_codes
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,26 @@ def loss(W: torch.Tensor, quantized: torch.Tensor, H: torch.Tensor) -> torch.Ten
 
 
 def descend(
-    W: torch.Tensor, codes: torch.Tensor, H: torch.Tensor, grid: Grid, passes: int = 1, block: int = BLOCK
+    W: torch.Tensor,
+    codes: torch.Tensor,
+    H: torch.Tensor,
+    grid: Columns,
+    passes: int = 1,
+    block: int = BLOCK,
+    cuts: Sequence[int] = (),
 ) -> torch.Tensor:
     """Return better codes, uint8 (N, K): `passes` times, each column's code is moved to its best.
 
     H, f32 (K, K), is symmetric with a positive diagonal (`Factor.hessian` in the order of W's columns: see
-    `in_place`). The loss of no row rises, up to the rounding of f32.
+    `in_place`). The loss of no row rises, up to the rounding of f32. No block goes across one of the columns
+    `cuts`.
     """
     codes = codes.clone()
     for _ in range(passes):
         # Computed anew for each pass: the updates' rounding cannot add up.
         gradient = linear(W.float() - grid.values(codes), H)
-        for start in range(0, W.shape[1], block):
-            places = torch.arange(start, min(start + block, W.shape[1]), device=W.device)
-            end = int(places[-1]) + 1
+        for start, end in _blocks(W.shape[1], block, cuts):
+            places = torch.arange(start, end, device=W.device)
             part = H[start:end]
             moved, moves = _move_block(
                 gradient[:, start:end], part[:, start:end], grid.columns(places), codes[:, start:end]
@@ -105,6 +113,16 @@ def in_place(ordered: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Return a `Factor.hessian` with its rows and columns back in the order of W's columns."""
     back = torch.argsort(order)
     return ordered[back][:, back].contiguous()
+
+
+def _blocks(n_columns: int, block: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the blocks (start, end) of columns, none longer than `block`, none across a cut."""
+    edges = [0, *sorted(cuts), n_columns]
+    return [
+        (start, min(start + block, last))
+        for first, last in pairwise(edges)
+        for start in range(first, last, block)
+    ]
 
 
 def _step(

@@ -7,8 +7,19 @@ base -m; IQ4_NL has sixteen uneven levels and no base.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+
+
+class Columns(Protocol):
+    """What gives the grid of any columns that are rounded together: a `Grid`, or groups of several widths."""
+
+    def columns(self, places: torch.Tensor) -> "Grid":
+        """Return the grid of the columns `places`, int64 (k,)."""
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return the weights, f32 (N, K), of codes uint8 (N, K)."""
 
 
 @dataclass(frozen=True)

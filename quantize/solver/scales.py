@@ -147,30 +147,46 @@ def choose(
     bits: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each row's best of the C candidates scale and zero, f32 (C, N): two of f32 (N,)."""
-    if target.device.type == "cpu":
-        best = _choose_native(target, feedback, weights, scale, zero, bits)
-    else:
-        best = _choose(target, feedback, weights, scale, zero, bits)
+    best, _ = least(target, feedback, weights, scale, zero, bits)
     rows = torch.arange(len(target), device=target.device)
     return scale[best, rows], zero[best, rows]
 
 
-def _choose_native(
+def least(
     target: torch.Tensor,
     feedback: torch.Tensor,
     weights: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor,
     bits: int,
-) -> torch.Tensor:
-    best, least = np.zeros(len(target), np.int64), np.empty(len(target), np.float32)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which of the C candidates is each row's best, int64 (N,), and the loss that it leaves, f32 (N,).
+
+    The arguments are those of `choose`; the first of equals wins.
+    """
+    if target.device.type == "cpu":
+        return _least_native(target, feedback, weights, scale, zero, bits)
+    losses = _losses(target, feedback, weights, scale, zero, bits)
+    best = losses.argmin(0)
+    return best, losses.gather(0, best[None])[0]
+
+
+def _least_native(
+    target: torch.Tensor,
+    feedback: torch.Tensor,
+    weights: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    bits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    best, losses = np.zeros(len(target), np.int64), np.empty(len(target), np.float32)
     levels = np.arange(2**bits, dtype=np.float32)
     pair = (array(scale), array(-scale * zero))
-    kernels.choose_block(array(target), array(feedback), array(weights), *pair, levels, best, least)
-    return torch.from_numpy(best)
+    kernels.choose_block(array(target), array(feedback), array(weights), *pair, levels, best, losses)
+    return torch.from_numpy(best), torch.from_numpy(losses)
 
 
-def _choose(
+def _losses(
     target: torch.Tensor,
     feedback: torch.Tensor,
     weights: torch.Tensor,
@@ -178,14 +194,14 @@ def _choose(
     zero: torch.Tensor,
     bits: int,
 ) -> torch.Tensor:
-    """Do what `_choose_native` does, with torch alone: all candidates as rows of one block."""
+    """Return each candidate's loss in each row, f32 (C, N), with torch alone: all as rows of one block."""
     count, n = scale.shape
     rows = target.repeat(count, 1)
     one_group = torch.zeros(target.shape[1], dtype=torch.int64, device=target.device)
     grid = affine_grid(scale.reshape(-1, 1), zero.reshape(-1, 1), one_group, bits)
     _, errors = round_block(rows, rows, feedback, grid)
     misses = errors @ feedback
-    return (misses.square() * weights).sum(1).reshape(count, n).argmin(0)
+    return (misses.square() * weights).sum(1).reshape(count, n)
 
 
 def _range(

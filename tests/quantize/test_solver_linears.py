@@ -35,7 +35,10 @@ def test_the_chosen_scale_is_the_best_of_the_candidates(symmetric: bool) -> None
     factor = prepare(H, order="natural")
     scale, zero = search._range(W, 3, symmetric, torch.tensor(search.LADDER))
     best, at = search.choose(W, factor.feedback, factor.weights, scale, zero, 3)
-    same = search._choose(W, factor.feedback, factor.weights, scale, zero, 3)
+    losses = search._losses(W, factor.feedback, factor.weights, scale, zero, 3)
+    same = losses.argmin(0)
+    _, left = search.least(W, factor.feedback, factor.weights, scale, zero, 3)
+    torch.testing.assert_close(left, losses.amin(0))
     assert torch.equal(best, scale[same, torch.arange(70)])
     assert torch.equal(at, zero[same, torch.arange(70)])
     assert len(set(same.tolist())) > 3
