@@ -10,6 +10,7 @@ independent; within a row, the errors of correlated columns can cancel, and that
     descend      coordinate descent on the exact loss, over codes and over scales
     target       weights that make up for inputs which earlier layers' errors have moved
     linears      all of these for the linears of one input, with an effort to choose
+    exl2         the same for EXL2: groups of several widths, scales of four bits
     kernels      the inner loops over columns on the CPU
 
 Nothing here knows a file format: GPTQ's groups, ggml's blocks and EXL2's rows are all such grids.
