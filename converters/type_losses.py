@@ -90,8 +90,8 @@ class _Work:
         types = usable_types(W.shape[1], measured=importance is not None)
         H, factor = self.hessians.prepared(name, self.compensate) if name in self.measured else (None, None)
         kind = _kind(name, self.checkpoint.config)
-        found = predict_types(W, types, Rounding(factor, importance), H, self._weights(kind, W))
-        return predicted_kl(kind, found)
+        weights, rows = self._weights(kind, W), type_errors.ROWS
+        return predicted_kl(kind, predict_types(W, types, Rounding(factor, importance), H, weights, rows))
 
     def _weights(self, kind: str, W: torch.Tensor) -> torch.Tensor | None:
         if kind == type_errors.OUTPUT:
