@@ -35,9 +35,9 @@ from quantize.solver.grid import Grid
 class BlockShape:
     """What a type's blocks allow.
 
-    `sub` weights share a scale; there are `n_levels`, 0, 1, 2, ..., or the uneven ones of IQ4. `steps` are the
-    smallest and largest integer scale, None where d stands alone; `drop` is the largest integer minimum, 0
-    where there is none. `based` says whether a sub-block has a base of its own.
+    `sub` weights share a scale; there are `n_levels`, 0, 1, 2, ..., or the uneven ones of IQ4. `steps` are
+    the smallest and largest integer scale, None where d stands alone; `drop` is the largest integer minimum,
+    0 where there is none. `based` says whether a sub-block has a base of its own.
     """
 
     sub: int

@@ -46,28 +46,19 @@ def descend(
     H, f32 (K, K), is symmetric with a positive diagonal (`Factor.hessian` in the order of W's columns: see
     `in_place`). The loss of no row rises, up to the rounding of f32.
     """
+    codes = codes.clone()
     for _ in range(passes):
         # Computed anew for each pass: the updates' rounding cannot add up.
-        codes = move_codes(linear(W.float() - grid.values(codes), H), codes, H, grid, block)
-    return codes
-
-
-def move_codes(
-    gradient: torch.Tensor, codes: torch.Tensor, H: torch.Tensor, grid: Grid, block: int = BLOCK
-) -> torch.Tensor:
-    """Return better codes, uint8 (N, K): one pass of `descend`, for the gradient (W - Ŵ) H, f32 (N, K).
-
-    The gradient is changed to that of the better codes.
-    """
-    codes = codes.clone()
-    for start in range(0, codes.shape[1], block):
-        end = min(start + block, codes.shape[1])
-        places, part = torch.arange(start, end, device=codes.device), H[start:end]
-        moved, moves = _move_block(
-            gradient[:, start:end], part[:, start:end], grid.columns(places), codes[:, start:end]
-        )
-        codes[:, start:end] = moved
-        gradient -= linear(moves, part.T.contiguous())
+        gradient = linear(W.float() - grid.values(codes), H)
+        for start in range(0, W.shape[1], block):
+            places = torch.arange(start, min(start + block, W.shape[1]), device=W.device)
+            end = int(places[-1]) + 1
+            part = H[start:end]
+            moved, moves = _move_block(
+                gradient[:, start:end], part[:, start:end], grid.columns(places), codes[:, start:end]
+            )
+            codes[:, start:end] = moved
+            gradient -= linear(moves, part.T.contiguous())
     return codes
 
 
