@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from quantize.codecs.native.arithmetic import ONE, ZERO, Bytes, Floats
-from quantize.codecs.native.compiled import fused
+from quantize.codecs.native.compiled import fused, inlined
 from quantize.codecs.native.tiles import LANES, float_tile, lanes
 from quantize.solver.kernels import _load, _load_codes, _store, _values
 
 _ROUNDER = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves no bits behind the point
 
 
-@fused
+@inlined
 def gather(changes: Floats, factors: Floats, count: int, goal: Floats) -> None:
     """Add Σ factors_k * changes_k of the first `count` columns to a column's goal."""
     whole = count // 4 * 4
@@ -34,15 +34,22 @@ def gather(changes: Floats, factors: Floats, count: int, goal: Floats) -> None:
 
 
 @fused
+def invert(scale: Floats, inverse: Floats) -> None:
+    """Set 1 / scale, or zero where the scale is zero."""
+    for lane in range(LANES):
+        inverse[lane] = ONE / scale[lane] if scale[lane] != ZERO else ZERO
+
+
+@inlined
 def nearest_levels(
-    goal: Floats, scale: Floats, base: Floats, levels: Floats, middles: Floats, codes: Floats, values: Floats
+    goal: Floats, grid: Any, levels: Floats, middles: Floats, codes: Floats, values: Floats
 ) -> None:
-    """Set the codes nearest to a lane's goal, and their values."""
-    top = np.float32(len(levels) - 1)
+    """Set the codes nearest to a lane's goal, and their values; `grid` is scale, its inverse and base."""
+    scale, inverse, base = grid
     if len(middles) == 0:
+        top = np.float32(len(levels) - 1)
         for lane in range(LANES):
-            inverse = ONE / scale[lane] if scale[lane] != ZERO else ZERO
-            units = (goal[lane] - base[lane]) * inverse
+            units = (goal[lane] - base[lane]) * inverse[lane]
             code = np.float32(min(max(units, ZERO), top) + _ROUNDER) - _ROUNDER
             codes[lane] = code
             values[lane] = scale[lane] * code + base[lane]
@@ -53,8 +60,7 @@ def nearest_levels(
     for i in range(len(middles)):
         gap = levels[i + 1] - levels[i]
         for lane in range(LANES):
-            inverse = ONE / scale[lane] if scale[lane] != ZERO else ZERO
-            above = goal[lane] * inverse > middles[i]
+            above = goal[lane] * inverse[lane] > middles[i]
             codes[lane] += ONE if above else ZERO
             values[lane] += gap if above else ZERO
     for lane in range(LANES):
@@ -80,16 +86,20 @@ def round_block(
     weight, errors, codes, column = float_tile(n), float_tile(n), float_tile(n), lanes()
     goal, values = lanes(), lanes()
     scales, bases = float_tile(scale.shape[1]), float_tile(scale.shape[1])
+    inverses = float_tile(scale.shape[1])
     for first in range(0, len(target), LANES):
         _load(target, first, weight)
         _load(scale, first, scales)
         _load(base, first, bases)
+        for i in range(len(scales)):
+            invert(scales[i], inverses[i])
         for j in range(n):
             at = order[j]
             for lane in range(LANES):
                 goal[lane] = weight[at, lane]
             gather(errors, feedback[j], j, goal)
-            nearest_levels(goal, scales[at // group], bases[at // group], levels, middles, column, values)
+            grid = scales[at // group], inverses[at // group], bases[at // group]
+            nearest_levels(goal, grid, levels, middles, column, values)
             for lane in range(LANES):
                 codes[at, lane] = column[lane]
                 errors[j, lane] = weight[at, lane] - values[lane]
@@ -116,19 +126,22 @@ def move_block(
     slope, old, back = float_tile(n), float_tile(n), float_tile(n)
     goal, before, new, after = lanes(), lanes(), lanes(), lanes()
     scales, bases = float_tile(scale.shape[1]), float_tile(scale.shape[1])
+    inverses = float_tile(scale.shape[1])
     for first in range(0, len(gradient), LANES):
         _load(gradient, first, slope)
         _load_codes(codes, first, old)
         _load(scale, first, scales)
         _load(base, first, bases)
+        for i in range(len(scales)):
+            invert(scales[i], inverses[i])
         for j in range(n):
-            scale_j, base_j = scales[j // group], bases[j // group]
+            grid = scales[j // group], inverses[j // group], bases[j // group]
             gather(back, hessian[j], j, slope[j])
-            inverse = ONE / hessian[j, j]
-            _values(old[j], scale_j, base_j, levels, len(middles) == 0, before)
+            step = ONE / hessian[j, j]
+            _values(old[j], grid[0], grid[2], levels, len(middles) == 0, before)
             for lane in range(LANES):
-                goal[lane] = before[lane] + slope[j, lane] * inverse
-            nearest_levels(goal, scale_j, base_j, levels, middles, new, after)
+                goal[lane] = before[lane] + slope[j, lane] * step
+            nearest_levels(goal, grid, levels, middles, new, after)
             for lane in range(LANES):
                 nearer = abs(goal[lane] - after[lane]) < abs(goal[lane] - before[lane])
                 back[j, lane] = before[lane] - after[lane] if nearer else ZERO

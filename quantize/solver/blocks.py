@@ -13,8 +13,8 @@ target, and then among those beside them; codes by compensation in the order of 
 the scales are refitted to the codes and the codes moved to their best, all under S_b.
 
     fast      the type's own search, compensation
-    default   scales beside, a round
-    high      more scales beside, two rounds; then two sweeps over all blocks under H itself, with two rounds
+    default   three grids beside each other, a round
+    high      all grids nearby, two rounds; then two sweeps over all blocks under H itself, with two rounds
 
 The order of blocks is that of their largest diagonal element. Rows are independent of each other, up to how
 the matrix products sum (then a near-tie may fall to the other side).
@@ -36,10 +36,12 @@ from quantize.solver.block_grids import SHAPES, BlockScales, BlockShape, join, p
 from quantize.solver.compensate import array
 from quantize.solver.linears import Effort
 
-REACH: Mapping[str, int] = {"fast": 0, "default": 1, "high": 3}
+TRIES: Mapping[str, int] = {"fast": 1, "default": 3, "high": 19}
 ROUNDS: Mapping[str, int] = {"fast": 0, "default": 1, "high": 2}
 SWEEPS: Mapping[str, int] = {"fast": 0, "default": 0, "high": 2}
 _SWEEP_ROUNDS = 2
+_WAYS = ((-1, -1), (-1, 0), (1, 1), (0, 1), (0, -1), (1, 0))
+_WAYS_OF_STEPS = ((-1, 0), (1, 0))
 
 
 def compensated_types() -> tuple[str, ...]:
@@ -114,8 +116,8 @@ def _solve_block(kind: Codec, goal: torch.Tensor, factor: BlockFactor, step: Blo
     """Round one block's columns to what is best given all blocks before."""
     importance = factor.importance[step.start : step.start + goal.shape[1]].contiguous()
     scales = searched_scales(kind, goal, importance)
-    if REACH[effort]:
-        scales = search_beside(goal, scales, step, REACH[effort])
+    if TRIES[effort] > 1:
+        scales = search_beside(goal, scales, step, TRIES[effort])
     part = _round(goal, scales, step)
     if ROUNDS[effort]:
         _improve(part, linear(_misses(goal, part), step.hessian), step.hessian, ROUNDS[effort])
@@ -175,15 +177,16 @@ def refit_blocks(
     return _changed(scales, fields), moves
 
 
-def search_beside(goal: torch.Tensor, scales: BlockScales, step: BlockStep, reach: int) -> BlockScales:
+def search_beside(goal: torch.Tensor, scales: BlockScales, step: BlockStep, tries: int) -> BlockScales:
     """Return scales that round each sub-block better, if it is rounded for itself.
 
     `goal`, f32 (N, w), is what is rounded. Each sub-block is judged by its own part of S_b, as
-    quantize/solver/scales.py judges groups, with 2 * reach scales beside each and as many minima.
+    quantize/solver/scales.py judges groups, on `tries` grids, the first of which is the one it has: 19 at the
+    most where there are minima, else 7.
     """
     shape, fields = scales.shape, _fields(scales)
     order, feedback, weights = step.subs[shape.sub]
-    beside = _beside(shape, reach)
+    beside = _beside(shape, tries)
     middle, limits = np.float32(shape.middle), _limits(shape)
     factors = order.numpy(), feedback.numpy(), weights.numpy()
     outputs = beside, fields.numpy()
@@ -200,13 +203,12 @@ def _levels(shape: BlockShape) -> tuple[Floats, Floats]:
     return array(levels), array(middles)
 
 
-def _beside(shape: BlockShape, reach: int) -> Floats:
+def _beside(shape: BlockShape, tries: int) -> Floats:
+    """Return what each try adds to step and drop, f32 (C, 2): the likeliest first, after nothing."""
     unit = max(1, (shape.steps or (0, 0))[1] // 31)
-    tries = [(0, 0)]
-    for k in range(1, reach + 1):
-        for far in (k * unit, -k * unit):
-            tries += [(far, 0), (0, far), (far, far)] if shape.based else [(far, 0)]
-    return np.array(tries, np.float32)
+    ways = _WAYS if shape.based else _WAYS_OF_STEPS
+    found = [(0, 0)] + [(far * unit * x, far * unit * y) for far in (1, 2, 3) for x, y in ways]
+    return np.array(found[:tries], np.float32)
 
 
 def _fields(scales: BlockScales) -> torch.Tensor:

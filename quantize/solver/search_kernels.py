@@ -11,7 +11,7 @@ import numpy as np
 from quantize.codecs.native.arithmetic import ONE, ZERO, Floats, half
 from quantize.codecs.native.compiled import fused
 from quantize.codecs.native.tiles import LANES, float_tile, lanes
-from quantize.solver.block_kernels import gather, nearest_levels
+from quantize.solver.block_kernels import gather, invert, nearest_levels
 from quantize.solver.refit_kernels import load_scales, store_scales
 
 # Of a scale that stands alone: what one step of a search adds to it, and of it to the base.
@@ -46,13 +46,16 @@ def _loss(
 ) -> None:
     """Set Σ weights_k (target_k - value_k)² of a sub-block that is compensated on a trial's grid."""
     errors, goal, codes, values = float_tile(len(target)), lanes(), lanes(), lanes()
+    inverse = lanes()
+    invert(trial[4], inverse)
+    grid = trial[4], inverse, trial[5]
     for lane in range(LANES):
         loss[lane] = ZERO
     for j in range(len(target)):
         for lane in range(LANES):
             goal[lane] = target[j, lane]
         gather(errors, feedback[j], j, goal)
-        nearest_levels(goal, trial[4], trial[5], levels, middles, codes, values)
+        nearest_levels(goal, grid, levels, middles, codes, values)
         weight = weights[j]
         for lane in range(LANES):
             miss = goal[lane] - values[lane]
