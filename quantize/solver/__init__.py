@@ -11,6 +11,8 @@ independent; within a row, the errors of correlated columns can cancel, and that
     target       weights that make up for inputs which earlier layers' errors have moved
     linears      all of these for the linears of one input, with an effort to choose
     kernels      the inner loops over columns on the CPU
+    blocks       ggml's block types: a Hessian factored by super-blocks (block_factor), what their fields can
+                 hold (block_grids), and compiled loops (block_kernels, search_kernels, refit_kernels)
 
-Nothing here knows a file format: GPTQ's groups, ggml's blocks and EXL2's rows are all such grids.
+Nothing here knows a file: GPTQ's groups, ggml's blocks and EXL2's rows are all such grids.
 """
