@@ -38,7 +38,7 @@ class GptqWeights:
         return self.checkpoint.specs()
 
     def load(self, name: str) -> torch.Tensor:
-        """Return one tensor: f32 (N, K) of a quantized linear; anything else must equal the checkpoint's."""
+        """Return one tensor: f32 (N, K) of a quantized linear; all else must be the checkpoint's, rounded."""
         config = json.loads((self.folder / "config.json").read_text("utf-8"))["quantization_config"]
         [path] = self.folder.glob("*.safetensors")
         with safe_open(path, "pt") as file:
@@ -47,11 +47,11 @@ class GptqWeights:
                 less_one = config.get("checkpoint_format", "gptq") == "gptq"
                 parts = {part: file.get_tensor(stem + part) for part in PARTS}
                 return dequantize(**parts, bits=config["bits"], zeros_less_one=less_one)
-            stored = file.get_tensor(name)
+            stored: torch.Tensor = file.get_tensor(name)
         plain = self.checkpoint.load(name)
-        if not torch.equal(stored.float(), plain.float()):
+        if not torch.equal(stored.float(), plain.to(stored.dtype).float()):
             raise ValueError(f"{path}: {name} is neither quantized nor the checkpoint's")
-        return plain
+        return stored
 
 
 def dequantize(

@@ -1,12 +1,14 @@
 """Quantize a checkpoint with this project's solver, in a process of its own.
 
     python -m scripts.bench.peers.dscq_worker calibrate SOURCE ROWS ARCHIVE
+    python -m scripts.bench.peers.dscq_worker export SOURCE ARCHIVE OUT CONFIG
     python -m scripts.bench.peers.dscq_worker quantize SOURCE ARCHIVE OUT CONFIG
 
-ROWS is a JSON list of rows of token ids, CONFIG a JSON object: the arguments of the solver's Settings, and
-"plain": true for rounding to nearest, which reads no archive. OUT is a folder in GPTQ's format. Beside what
-it writes, `ARCHIVE.json` or `OUT.json`, are the seconds, imports excluded, and the peak of the resident
-memory.
+ROWS is a JSON list of rows of token ids. `export` is `dscq convert --to gptq:`, and CONFIG a JSON object of
+GptqSpec's fields, `effort` and `threads`; `quantize` runs the solver alone, one linear after the other, with
+the arguments of its Settings, or with "plain": true rounds to nearest and reads no archive. OUT is a folder
+in GPTQ's format. Beside what it writes, `ARCHIVE.json` or `OUT.json`, are the seconds, imports excluded, and
+the peak of the resident memory.
 """
 
 import json
@@ -17,14 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.pipeline import convert
+from converters.plan import ConvertOptions, Request
 from converters.stats.archive import Archive, open_archive
 from converters.stats.prepare import CalibrateOptions
 from converters.stats.run import calibrate_checkpoint
+from converters.targets.gptq_spec import GptqSpec
+from quantize.codecs.gptq import pack_codes, pack_zeros
 from quantize.llama import block_tensor
 from quantize.reference import INPUTS
 from quantize.solver.grid import affine_grid
@@ -46,31 +51,12 @@ def peak_bytes() -> int:
     return next(int(words[1]) * 1024 for words in lines if words[0] == "VmHWM:")
 
 
-def pack_bits(fields: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return int32 words (rows, n * bits / 32) of fields uint8 (rows, n), lowest bits first."""
-    ones = np.unpackbits(fields.numpy()[:, :, None], axis=2, bitorder="little")[:, :, :bits]
-    return torch.from_numpy(
-        np.packbits(ones.reshape(len(ones), -1), axis=1, bitorder="little").view(np.int32)
-    )
-
-
-def packed(name: str, done: QuantizedLinear, bits: int) -> dict[str, torch.Tensor]:
-    """Return a linear's tensors in version 1 of GPTQ's format."""
-    stem = name.removesuffix("weight")
-    return {
-        f"{stem}qweight": pack_bits(done.codes, bits).T.contiguous(),
-        f"{stem}qzeros": pack_bits((done.zeros - 1).T.contiguous(), bits),
-        f"{stem}scales": done.scales.T.contiguous(),
-        f"{stem}g_idx": done.g_idx,
-    }
-
-
 def rounded(W: torch.Tensor, settings: Settings) -> QuantizedLinear:
-    """Round one linear to nearest, on scales from the range."""
+    """Round one linear to nearest, on positive scales from the range."""
     group = group_index(W.shape[1], settings.group_size)
     scale, zero = plain_scales(W, group, settings.bits, settings.symmetric)
     codes = affine_grid(scale, zero, group, settings.bits).nearest(W.float())
-    return QuantizedLinear(codes, scale.half(), zero.to(torch.uint8), group.to(torch.int32), 0.0, 0.0, ())
+    return QuantizedLinear(codes, scale.half(), zero.to(torch.uint8), group.to(torch.int32), 0.0, 0.0)
 
 
 def quantized(checkpoint: Checkpoint, archive: Archive | None, settings: Settings) -> dict[str, torch.Tensor]:
@@ -87,7 +73,13 @@ def quantized(checkpoint: Checkpoint, archive: Archive | None, settings: Setting
                 assert H is not None
                 done = quantize_linears(weights, H, settings)
             for name, linear in done.items():
-                tensors |= packed(name, linear, settings.bits)
+                parts = {
+                    "qweight": pack_codes(linear.codes, settings.bits),
+                    "qzeros": pack_zeros(linear.zeros, settings.bits, 1),
+                    "scales": linear.scales.T.contiguous(),
+                    "g_idx": linear.g_idx,
+                }
+                tensors |= {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
     rest = [
         name for name in checkpoint.weights.specs() if f"{name.removesuffix('weight')}scales" not in tensors
     ]
@@ -115,18 +107,32 @@ def calibrate(source: str, rows: str, folder: str) -> None:
 
 
 def quantize(source: str, folder: str, out: str, config: str) -> None:
-    """Quantize every linear."""
+    """Quantize every linear with these settings of the solver, or plainly."""
     arguments: dict[str, Any] = json.loads(config)
     archive = None if arguments.pop("plain", False) else open_archive(Path(folder))
     settings = Settings(**arguments)
     write(Path(out), quantized(open_checkpoint(source), archive, settings), settings.bits)
 
 
+def export(source: str, folder: str, out: str, config: str) -> None:
+    """Write the folder as `dscq convert --to gptq:` does."""
+    arguments: dict[str, Any] = json.loads(config)
+    effort, threads = arguments.pop("effort", "default"), arguments.pop("threads")
+    place = Path(f"{out}.exports")
+    options = ConvertOptions(
+        place, force=True, fresh=True, n_threads=threads, archive=open_archive(Path(folder)), effort=effort
+    )
+    [written] = convert(open_checkpoint(source), [Request("gptq", str(GptqSpec(**arguments)))], options)
+    written.place.rename(out)
+
+
 def main() -> None:
-    """Do one of the two and report."""
+    """Do one of the three and report."""
     started, (action, *arguments) = time.monotonic(), sys.argv[1:]
     if action == "calibrate":
         calibrate(*arguments)
+    elif action == "export":
+        export(*arguments)
     else:
         quantize(*arguments)
     report(Path(arguments[2]), started)
