@@ -1,8 +1,8 @@
 """The loops over a block's columns on the CPU: codes rounded with compensation, codes moved to their best.
 
 As in quantize/solver/kernels.py rows are lanes, 64 side by side. But blocks are longer here, and a tile of
-all their columns does not stay in the first-level cache: so each column gathers what those before have left
-for it, four at a time, instead of handing its own share to all that follow. Products and sums may be fused:
+all their columns does not stay in the first-level cache: so columns gather what those before have left for
+them, eight together, instead of handing their own share to all that follow. Products and sums may be fused:
 there are no bits of another program to match; what a code stands for is computed elsewhere (`Grid.values`).
 """
 
@@ -15,6 +15,7 @@ from quantize.codecs.native.compiled import fused, inlined
 from quantize.codecs.native.tiles import LANES, float_tile, lanes
 from quantize.solver.kernels import _load, _load_codes, _store, _values
 
+_AHEAD = 8  # columns that gather together: what they read of all before is read once
 _ROUNDER = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves no bits behind the point
 
 
@@ -31,6 +32,17 @@ def gather(changes: Floats, factors: Floats, count: int, goal: Floats) -> None:
         factor = factors[k]
         for lane in range(LANES):
             goal[lane] += changes[k, lane] * factor
+
+
+@fused
+def _gather_ahead(changes: Floats, factors: Floats, count: int, goals: Floats) -> None:
+    """Add to some columns' goals what the first `count` columns, a multiple of four, have left for them."""
+    for k in range(0, count, 4):
+        for c in range(len(goals)):
+            f0, f1, f2, f3 = factors[c, k], factors[c, k + 1], factors[c, k + 2], factors[c, k + 3]
+            for lane in range(LANES):
+                first = changes[k, lane] * f0 + changes[k + 1, lane] * f1
+                goals[c, lane] += first + (changes[k + 2, lane] * f2 + changes[k + 3, lane] * f3)
 
 
 @fused
@@ -84,7 +96,7 @@ def round_block(
     """
     n, group = len(order), len(order) // scale.shape[1]
     weight, errors, codes, column = float_tile(n), float_tile(n), float_tile(n), lanes()
-    goal, values = lanes(), lanes()
+    goals, values = float_tile(_AHEAD), lanes()
     scales, bases = float_tile(scale.shape[1]), float_tile(scale.shape[1])
     inverses = float_tile(scale.shape[1])
     for first in range(0, len(target), LANES):
@@ -95,9 +107,15 @@ def round_block(
             invert(scales[i], inverses[i])
         for j in range(n):
             at = order[j]
-            for lane in range(LANES):
-                goal[lane] = weight[at, lane]
-            gather(errors, feedback[j], j, goal)
+            if j % _AHEAD == 0:
+                end = min(j + _AHEAD, n)
+                for c in range(j, end):
+                    for lane in range(LANES):
+                        goals[c - j, lane] = weight[order[c], lane]
+                _gather_ahead(errors, feedback[j:end], j, goals[: end - j])
+            start = j // _AHEAD * _AHEAD
+            goal = goals[j - start]
+            gather(errors[start:], feedback[j, start:], j - start, goal)
             grid = scales[at // group], inverses[at // group], bases[at // group]
             nearest_levels(goal, grid, levels, middles, column, values)
             for lane in range(LANES):
@@ -136,7 +154,11 @@ def move_block(
             invert(scales[i], inverses[i])
         for j in range(n):
             grid = scales[j // group], inverses[j // group], bases[j // group]
-            gather(back, hessian[j], j, slope[j])
+            start = j // _AHEAD * _AHEAD
+            if j == start:
+                end = min(j + _AHEAD, n)
+                _gather_ahead(back, hessian[j:end], j, slope[j:end])
+            gather(back[start:], hessian[j, start:], j - start, slope[j])
             step = ONE / hessian[j, j]
             _values(old[j], grid[0], grid[2], levels, len(middles) == 0, before)
             for lane in range(LANES):

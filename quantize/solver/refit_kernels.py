@@ -17,6 +17,7 @@ import numpy as np
 from quantize.codecs.native.arithmetic import ONE, ZERO, Bytes, Floats, half, nearest
 from quantize.codecs.native.compiled import fused
 from quantize.codecs.native.tiles import LANES, float_tile, lanes
+from quantize.solver.block_kernels import gather
 from quantize.solver.kernels import _load, _store
 
 _TOO_SMALL = np.float32(1e-5)
@@ -156,23 +157,6 @@ def _step_affine(sums: Floats, ones: Any, limits: Floats, now: Floats, step: Flo
 
 
 @fused
-def _hand_on_four(tile: Floats, start: int, moves: Floats, hessian: Floats, column: int) -> None:
-    """Take from all columns from `start` on what a sub-block's moves, from `column` on, add to (Ŵ H)."""
-    for i in range(0, len(moves), 4):
-        m0, m1, m2, m3 = moves[i], moves[i + 1], moves[i + 2], moves[i + 3]
-        h0, h1, h2, h3 = (
-            hessian[column + i],
-            hessian[column + i + 1],
-            hessian[column + i + 2],
-            hessian[column + i + 3],
-        )
-        for k in range(start, len(tile)):
-            f0, f1, f2, f3 = h0[k], h1[k], h2[k], h3[k]
-            for lane in range(LANES):
-                tile[k, lane] -= (m0[lane] * f0 + m1[lane] * f1) + (m2[lane] * f2 + m3[lane] * f3)
-
-
-@fused
 def refit_block(
     gradient: Floats,
     codes: Bytes,
@@ -212,8 +196,9 @@ def refit_block(
                 lift[:] = ZERO
             for i in range(n):
                 for lane in range(LANES):
-                    moves[i, lane] = step[lane] * level[i, lane] + lift[lane]
-                    all_moves[column + i, lane] = moves[i, lane]
-            _hand_on_four(slope, column + n, moves, hessian, column)
+                    moves[i, lane] = -(step[lane] * level[i, lane] + lift[lane])
+                    all_moves[column + i, lane] = -moves[i, lane]
+            for k in range(column + n, len(slope)):
+                gather(moves, hessian[k, column:], n, slope[k])
             store_scales(now, first, j, scales)
         _store(all_moves, first, out_moves)
