@@ -1,7 +1,7 @@
 """GPTQ folders in the programs that serve them on a GPU, for `scripts/gpu_check readers`.
 
-Every program has an environment of its own, DIR/NAME with DIR the value of DSCQ_GPU_READERS, and is driven by a
-worker that imports nothing of this project: it is given a folder and prompts, and answers with the ids that
+Every program has an environment of its own, DIR/NAME with DIR the value of DSCQ_GPU_READERS, and is driven by
+a worker that imports nothing of this project: it is given a folder and prompts, and answers with the ids that
 the program saw and those that it continues them with, the likeliest each time.
 """
 
@@ -28,7 +28,7 @@ INSTALL = {
 PROMPTS = (
     "def add(a, b):\n",
     "import os\n\ndef read_file(path):\n",
-    "class Stack:\n    def __init__(self):\n",
+    "class Stack:\n    def push(self, x):\n",
 )
 N_NEW = 24
 AGREED = 12
@@ -70,7 +70,7 @@ def compare(name: str, folder: Path) -> Iterator[tuple[str, bool]]:
 
 def _judged(name: str, file: GptqFolder, prompt: str, answer: Answer) -> tuple[str, bool]:
     bos = file.vocabulary.bos_id
-    if answer.prompt.count(bos) != 1 or answer.prompt[0] != bos:
+    if bos is None or answer.prompt.count(bos) != 1 or answer.prompt[0] != bos:
         return f"{name}: {prompt!r} was read as {answer.prompt}: BOS must stand once, in front", False
     expected = greedy(file, answer.prompt, len(answer.new))
     pairs = enumerate(zip(answer.new, expected, strict=True))

@@ -1,4 +1,4 @@
-"""Continue prompts in transformers over GPTQModel's GPU kernels: FOLDER PROMPTS N_NEW; PROMPTS is a JSON list."""
+"""Continue prompts in transformers over GPTQModel: FOLDER PROMPTS N_NEW; PROMPTS is a JSON list."""
 
 import json
 import sys
@@ -16,13 +16,8 @@ def main() -> None:
     answers = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
-        made = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            min_new_tokens=n_new,
-            max_new_tokens=n_new,
-            do_sample=False,
-        )
+        length = {"min_new_tokens": n_new, "max_new_tokens": n_new}
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **length)
         answers.append({"prompt": ids[0].tolist(), "new": made[0, ids.shape[1] :].tolist()})
     print("ANSWERS" + json.dumps(answers))
 
