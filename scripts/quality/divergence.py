@@ -81,6 +81,10 @@ class Reference:
                 cached(place, lambda divergence=divergence: divergence)  # type: ignore[misc]
         return [torch.load(place, weights_only=True) for place in places]
 
+    def divergence(self, model: ReferenceModel) -> torch.Tensor:
+        """Return KL(checkpoint || model) in nats, f32 (tokens,), at every position; nothing is cached."""
+        return self._measure([model])[0]
+
     @torch.inference_mode()
     def _measure(self, models: Sequence[ReferenceModel]) -> list[torch.Tensor]:
         others = [(model, torch.cat(model.hidden(self.rows))) for model in models]
