@@ -7,13 +7,14 @@ follows it without a decision of its own. So the tensors may arrive in any order
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from converters.disk import PARTIAL
 from converters.imatrix import Importances
 from converters.places import Piece
+from converters.runtime_memory import Runtime
 from converters.stats.archive import Archive
 from quantize.solver.linears import Effort
 
@@ -45,6 +46,10 @@ class ConvertOptions:
     `archive` has the Hessians that errors are compensated with, in GGUF if `compensate`; `effort` says how
     hard the solver tries; `module_bits` are (regular expression on a linear's name, bits and group size as
     8bit-32g), of GPTQ alone; `tensor_parallel` is the number of GPUs that a server will split a matrix over.
+
+    `losses` are nats by the checkpoint's name of a matrix and by quant type (converters/type_losses.py): what
+    a budget is shared out by; `runtime` is what `fit=` leaves room for; `assigned` has the types, by GGUF's
+    names of the matrices, of a plan that was given back.
     """
 
     folder: Path
@@ -64,6 +69,9 @@ class ConvertOptions:
     effort: Effort = "default"
     module_bits: tuple[tuple[str, str], ...] = ()
     tensor_parallel: int = 1
+    losses: Mapping[str, Mapping[str, float]] | None = None
+    runtime: Runtime = field(default_factory=Runtime)
+    assigned: Mapping[str, str] | None = None
 
     @property
     def on_gpu(self) -> bool:
