@@ -188,7 +188,7 @@ def verify(quiet: bool, as_json: bool, **chosen: Any) -> None:
     \b
     Examples:
       dscq verify out/model-Q8_0.gguf --reference ./model
-      dscq verify out/model-GPTQ-4bit-128g --reference ./model --readers ~/gptq-readers
+      dscq verify out/gptq-4bit-128g --reference ./model --readers ~/gptq-readers
       dscq verify out/model-F16.gguf --reference deepseek-ai/deepseek-coder-1.3b-base --probe-tokens 1000
     """
     commands.verify(Terminal(quiet, as_json), commands.VerifyChoices(**chosen))

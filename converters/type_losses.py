@@ -29,7 +29,7 @@ from quantize.errors import ArchiveError
 from quantize.llama import EMBEDDING, HEAD, LlamaConfig
 from quantize.reference import INPUTS
 from quantize.solver import SOLVING
-from quantize.solver.blocks import BlockFactor, prepare_blocks
+from quantize.solver.block_factor import BlockFactor, prepare_blocks
 from quantize.type_errors import Rounding, predict_types, predicted_kl, token_frequencies, usable_types
 
 Losses = Mapping[str, Mapping[str, float]]

@@ -31,7 +31,8 @@ from quantize.codecs.base import Codec
 from quantize.errors import UsageError
 from quantize.layout_errors import sample
 from quantize.products import linear
-from quantize.solver.blocks import BlockFactor, compensated_types, encode_compensated
+from quantize.solver.block_factor import BlockFactor
+from quantize.solver.blocks import compensated_types, encode_compensated
 
 ROWS = 96
 """Rows that stand for a matrix."""
@@ -69,7 +70,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class TypeErrors:
-    """`energy` is Σ_v u_v w_v H w_vᵀ over rows of weights u_v, `errors` the share that each type loses.
+    """`energy` is Σ_v u_v w_v H w_vᵀ over a matrix's rows, u their weights; `errors` each type's share lost.
 
     A type that the matrix cannot be written in is not among them.
     """
@@ -81,7 +82,7 @@ class TypeErrors:
 def predicted_kl(kind: str, found: TypeErrors) -> dict[str, float]:
     """Return the KL divergence, in nats, that each type is predicted to cost a matrix of a kind.
 
-    `kind` is a name of `SENSITIVITY`. For the output matrix `found` is weighed by frequencies of tokens that
+    `kind` is a name of `SENSITIVITY`. For the output matrix `found` is weighed by token frequencies, which
     sum to one, for the embedding by these over each row's |w|².
     """
     factor = SENSITIVITY[kind] * (found.energy / 2 if kind == OUTPUT else 1.0)

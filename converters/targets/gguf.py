@@ -39,7 +39,8 @@ from quantize.codecs.encoder import Encoder, encoding_gpus
 from quantize.errors import PlanError, UsageError
 from quantize.recipes import ALIASES, RECIPES, Choice
 from quantize.solver import SOLVING
-from quantize.solver.blocks import BlockFactor, encode_compensated, prepare_blocks
+from quantize.solver.block_factor import BlockFactor, prepare_blocks
+from quantize.solver.blocks import encode_compensated
 from quantize.solver.linears import Effort
 
 _READ_ONLY = {

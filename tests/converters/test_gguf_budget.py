@@ -149,7 +149,23 @@ def test_the_cache_of_a_known_model() -> None:
     assert cache_bytes(LARGE, Runtime(4096, "f16")) == 2 << 30
     assert cache_bytes(LARGE, Runtime(4096, "q8_0")) == (2 << 30) * 17 // 32
     assert cache_bytes(LARGE, Runtime(4000, "q4_0")) == (2 << 30) * 9 // 32
-    assert buffer_bytes(LARGE, Runtime(4096)) == 4 * 512 * (3 * 11008 + 2 * 4096 + 4096)
+
+
+@pytest.mark.parametrize(
+    ("config", "context", "logged"),
+    [
+        (LlamaConfig(768, 1536, 30, 12, 4, 64, 49152, 8192, 1e-6, 1e5), 4096, 107.51),
+        (LlamaConfig(768, 1536, 30, 12, 4, 64, 49152, 8192, 1e-6, 1e5), 512, 104.01),
+        (LARGE, 4096, 100.51),
+        (LlamaConfig(256, 640, 5, 4, 2, 64, 2304, 16384, 1e-6, 1e5), 8192, 13.76),
+    ],
+)
+def test_the_buffers_are_at_least_those_that_llama_cpp_logs(
+    config: LlamaConfig, context: int, logged: float
+) -> None:
+    """The compute buffer of a CPU, in MiB: a bound that is met where the logits are large."""
+    found = buffer_bytes(config, Runtime(context)) / 2**20
+    assert logged - 0.02 <= found <= 1.1 * logged
 
 
 def test_losses_are_kept_and_told_apart(

@@ -5,7 +5,8 @@ import torch
 
 from quantize.codecs import codec
 from quantize.errors import UsageError
-from quantize.solver.blocks import encode_compensated, prepare_blocks
+from quantize.solver.block_factor import prepare_blocks
+from quantize.solver.blocks import encode_compensated
 from quantize.solver.descend import loss
 from quantize.type_errors import (
     EMBEDDING,
