@@ -165,12 +165,14 @@ def _header_faults(config: LlamaConfig, quantized: list[str], stored: Mapping[st
 def _value_faults(
     shapes: Mapping[str, tuple[int, ...]], quantized: list[str], stored: Mapping[str, Stored]
 ) -> Iterator[str]:
-    """Yield what does not fit in a linear's small tensors, and a bias that is not zero."""
+    """Yield what is wrong with the small tensors of linears, and a bias that is not zero."""
     for name in quantized:
         module, (n, k) = module_of(name), shapes[name]
         tensors = linear_of(stored, name)
         yield from (f"{module}: {fault}" for fault in tensor_faults(tensors, n))
         if len(tensors.q_invperm) != k:
             yield f"{module}.q_invperm has {len(tensors.q_invperm)} inputs, expected {k}"
+        if not bool((tensors.q_scale_max >= 0).all()):
+            yield f"{module}.q_scale_max: maxima below zero, or not numbers"
         if f"{module}.bias" in stored and bool(_mapped(stored, f"{module}.bias").any()):
             yield f"{module}.bias is not zero; a Llama of this family has no biases"

@@ -89,10 +89,9 @@ def shard(
         parts[-1].append(tensor)
         sizes[-1] += added
     if max(sizes) > max_bytes:
-        too_large = [
-            f"{part[0].name}: {size:,}" for part, size in zip(parts, sizes, strict=True) if size > max_bytes
-        ]
-        raise PlanError(f"tensors larger than a file of {max_bytes:,} bytes", reasons=too_large)
+        sized = zip(parts, sizes, strict=True)
+        reasons = [f"{part[0].written_name}: {size:,} bytes" for part, size in sized if size > max_bytes]
+        raise PlanError(f"files of at most {max_bytes} bytes: tensors are never cut", reasons=reasons)
     files, placed = [], []
     for number, part in enumerate(parts):
         inside = _in_order(part, groups)
