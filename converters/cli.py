@@ -15,13 +15,16 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import get_completion_class
 
-from converters import calibration, commands
+from converters import calibration, commands, planning
 from converters.options import (
     EXISTING,
+    EXISTING_FILE,
     EXISTING_FOLDER,
     OUTPUT_OPTIONS,
+    PIN_OPTIONS,
     PROOF_OPTIONS,
     ROW_OPTIONS,
+    RUNTIME_OPTIONS,
     SOURCE_OPTIONS,
     TYPE_OPTIONS,
     Size,
@@ -59,10 +62,12 @@ def dscq() -> None:
     "--to",
     "targets",
     multiple=True,
-    required=True,
     metavar="FORMAT:QUANT",
-    help="Repeatable: gguf:Q4_K_M, gptq:4bit-128g, exl2:4.25.",
+    help="Repeatable: gguf:Q4_K_M, gguf:bpw=3.5, gguf:size=4.1GB, gguf:fit=8GiB, gptq:4bit-128g, exl2:4.25.",
     shell_complete=known_targets,
+)
+@click.option(
+    "--plan", type=EXISTING_FILE, metavar="FILE", help="A GGUF with the types of a file of dscq plan."
 )
 @click.option("--output", "-o", type=click.Path(path_type=Path), default=Path("out"), show_default=True)
 @click.option("--name", help="Name of the model in file names and metadata.")
@@ -72,6 +77,8 @@ def dscq() -> None:
 @click.option("--fresh", is_flag=True, help="Make every tensor anew, whatever earlier runs left.")
 @click.option("--no-proof", is_flag=True, help="Write only; prove nothing.")
 @TYPE_OPTIONS
+@PIN_OPTIONS
+@RUNTIME_OPTIONS
 @SOURCE_OPTIONS
 @PROOF_OPTIONS
 @OUTPUT_OPTIONS
@@ -85,6 +92,7 @@ def convert(quiet: bool, as_json: bool, **chosen: Any) -> None:
       dscq convert ./model --to gguf:Q4_K_M --tensor-type 'ffn_down=Q6_K' --dry-run
       dscq convert ./model --to gguf:IQ2_M --imatrix imatrix.gguf
       dscq convert ./model --to gguf:Q3_K_M --to gguf:IQ2_XS --stats stats/
+      dscq convert ./model --to gguf:fit=8GiB --ctx 16384 --cache q8_0 --stats stats/
       dscq convert ./model --to gptq:4bit-128g --to gptq:3bit-64g,desc_act --stats stats/ --tp 2
       dscq convert ./model --to exl2:4.25 --to exl2:6.0,h8 --stats stats/
     """
@@ -132,6 +140,35 @@ def calibrate(quiet: bool, as_json: bool, **chosen: Any) -> None:
 
 
 @dscq.command()
+@click.argument("source", type=click.Path())
+@click.option(
+    "--stats",
+    type=EXISTING_FOLDER,
+    required=True,
+    help="The statistics archive of this model: dscq calibrate.",
+)
+@click.option("--to", "target", metavar="gguf:QUANT", help="What to plan: gguf:bpw=3.5, gguf:size=4.1GB, ...")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the plan: a .toml to edit.")
+@click.option("--curve", is_flag=True, help="Show sizes against predicted losses, llama.cpp's recipes too.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the curve: .png, .svg.")
+@click.option("--force", is_flag=True, help="Overwrite the files of -o and --plot.")
+@PIN_OPTIONS
+@RUNTIME_OPTIONS
+@SOURCE_OPTIONS
+@OUTPUT_OPTIONS
+def plan(quiet: bool, as_json: bool, **chosen: Any) -> None:
+    """Predict what SOURCE loses at which size, and plan the types of a GGUF.
+
+    \b
+    Examples:
+      dscq plan ./model --stats stats/ --curve
+      dscq plan ./model --stats stats/ --to gguf:bpw=3.5 -o plan.toml
+      dscq convert ./model --stats stats/ --plan plan.toml
+    """
+    planning.plan(Terminal(quiet, as_json), planning.PlanChoices(device=None, **chosen))
+
+
+@dscq.command()
 @click.argument("file", type=EXISTING)
 @click.option(
     "--reference",
@@ -152,7 +189,7 @@ def verify(quiet: bool, as_json: bool, **chosen: Any) -> None:
     \b
     Examples:
       dscq verify out/model-Q8_0.gguf --reference ./model
-      dscq verify out/model-GPTQ-4bit-128g --reference ./model --readers ~/gptq-readers
+      dscq verify out/gptq-4bit-128g --reference ./model --readers ~/gptq-readers
       dscq verify out/model-F16.gguf --reference deepseek-ai/deepseek-coder-1.3b-base --probe-tokens 1000
     """
     commands.verify(Terminal(quiet, as_json), commands.VerifyChoices(**chosen))

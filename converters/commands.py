@@ -15,7 +15,7 @@ from quantize.errors import UsageError
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
-    from converters.plan import ConvertOptions, Plan, Written
+    from converters.plan import ConvertOptions, Plan, Request, Written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,10 @@ class ConvertChoices(SourceChoices):
     output_tensor_type: str | None
     token_embedding_type: str | None
     pure: bool
+    plan: Path | None
+    ctx: int | None
+    cache: Literal["f16", "q8_0", "q4_0"] | None
+    reserve: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +72,10 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     from converters.contradictions import refuse_contradictions
     from converters.measurements import calibrated, expected, measured, will_calibrate, will_measure
     from converters.pipeline import plan_exports
-    from converters.targets import parse_request
+    from converters.planning import with_losses
+    from converters.targets.gguf_budget import is_budget
 
-    requests = [parse_request(text) for text in choices.targets]
+    requests = _requests(choices)
     refuse_contradictions(choices, requests)
     options = _convert_options(choices, {request.format for request in requests})
     checkpoint = opened(terminal, choices, choices.source, choices.name, headers_only=choices.dry_run)
@@ -90,6 +95,9 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     if will_measure(choices, requests, options):
         options = measured(terminal, choices, checkpoint, plans, options)
         plans = plan_exports(checkpoint, requests, options)
+    if options.archive is not None and any(is_budget(request.quant) for request in requests):
+        options = with_losses(terminal, checkpoint, options, measure=not choices.dry_run)
+        plans = plan_exports(checkpoint, requests, options)
     for plan in plans:
         _say_plan(terminal, plan)
     if choices.dry_run:
@@ -105,8 +113,24 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     terminal.document({"files": files, "proof": "skipped by --no-proof"})
 
 
+def _requests(choices: ConvertChoices) -> "list[Request]":
+    """Return what --to and --plan ask for; raises UsageError."""
+    from converters.plan import Request
+    from converters.targets import parse_request
+    from converters.targets.gguf_budget import plan_quant
+
+    requests = [parse_request(text) for text in choices.targets]
+    if choices.plan is not None:
+        requests.append(Request("gguf", plan_quant(choices.plan.stem)))
+    if not requests:
+        raise UsageError("--to is missing", hint="for example --to gguf:Q4_K_M; or give --plan")
+    return requests
+
+
 def _convert_options(choices: ConvertChoices, formats: set[str]) -> "ConvertOptions":
     from converters.plan import ConvertOptions
+    from converters.plan_file import read_plan
+    from converters.planning import runtime
     from converters.targets.gguf_types import written_type
     from converters.targets.overrides import parse_overrides
     from quantize.codecs.encoder import encoding_gpus
@@ -130,6 +154,8 @@ def _convert_options(choices: ConvertChoices, formats: set[str]) -> "ConvertOpti
         device=device,
         effort=choices.effort or "default",
         tensor_parallel=choices.tensor_parallel or 1,
+        runtime=runtime(choices.ctx, choices.cache, choices.reserve),
+        assigned=None if choices.plan is None else read_plan(choices.plan),
     )
 
 

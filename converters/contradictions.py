@@ -19,12 +19,27 @@ def refuse_contradictions(choices: "ConvertChoices", requests: Sequence["Request
     }
     if choices.no_proof and (idle := _given(proof)):
         raise UsageError(f"--no-proof leaves nothing to do for {', '.join(idle)}")
-    _refuse_idle(choices, {request.format for request in requests})
+    _refuse_idle(choices, requests)
+    _refuse_useless_budgets(choices, requests)
     _refuse_two_measurements(choices, {request.format for request in requests})
 
 
-def _refuse_idle(choices: "ConvertChoices", formats: set[str]) -> None:
+def _refuse_useless_budgets(choices: "ConvertChoices", requests: Sequence["Request"]) -> None:
+    """Raise UsageError for options that a budget or a plan leaves nothing to do."""
+    from converters.planning import refuse_idle_runtime
+    from converters.targets.gguf_budget import is_budget, is_plan
+
+    refuse_idle_runtime(choices.ctx, choices.cache, choices.reserve, requests)
+    mixed = [request for request in requests if not is_budget(request.quant) and not is_plan(request.quant)]
+    if choices.pure and not any(request.format == "gguf" for request in mixed):
+        raise UsageError("--pure: no recipe is asked for, whose mix it would leave out")
+
+
+def _refuse_idle(choices: "ConvertChoices", requests: Sequence["Request"]) -> None:
     """Raise UsageError for options of a format that is not asked for."""
+    from converters.measurements import will_calibrate
+
+    formats = {request.format for request in requests}
     of_gguf = {
         "--imatrix": choices.imatrix is not None,
         "--rounding": choices.rounding is not None,
@@ -38,7 +53,7 @@ def _refuse_idle(choices: "ConvertChoices", formats: set[str]) -> None:
     for name, options in {"gguf": of_gguf, "gptq": of_gptq, "exl2": of_exl2}.items():
         if name not in formats and (idle := _given(options)):
             raise UsageError(f"{', '.join(idle)}: only for {name}:, which is not asked for")
-    measured = choices.stats is not None or choices.calibrate
+    measured = choices.stats is not None or will_calibrate(choices, requests)
     if choices.effort is not None and formats == {"gguf"} and (not measured or _is_simple(choices)):
         raise UsageError(
             "--effort: nothing here is rounded with Hessians", hint="give --stats or --calibrate"

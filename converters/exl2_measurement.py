@@ -6,21 +6,24 @@ It is gathered once for a model and an archive (`converters.exl2_measure`) and s
     key       digest of all that decides the numbers: model, Hessians, solver, layouts
     linears   name -> {shape: [N, K], energy: tr(W H Wᵀ), layouts: [{parts, error}]}, where `parts` are [bits,
               group size, share] and `error` is the predicted tr(E H Eᵀ) / tr(W H Wᵀ)
+    measurement, last_module_idx           the same for ExLlamaV2's converter (`converters.exl2_modules`)
 
-ExLlamaV2's own measurement.json is read as well. It chooses for a whole attention or MLP, so there several
-linears are one slot; its numbers are 1 - accuracy, a relative error whose square is such a share of energy.
+A file that has these alone is ExLlamaV2's own, and is read as well. It chooses for a whole attention or MLP, so
+there several linears are one slot; its numbers are 1 - accuracy, a relative error whose square is such a share
+of energy.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from converters.config import read_json
 from converters.disk import write_whole
+from converters.exl2_modules import linears_of, module_names, modules_document, their_layout
 from converters.stats.archive import Archive
 from quantize.codecs.exl2 import group_faults
 from quantize.errors import CheckpointError, UsageError
@@ -35,10 +38,6 @@ FORMAT, VERSION = "dscq-exl2-measurement", 1
 DAMP = 0.05
 """Share of the Hessian's mean diagonal that is added to it, in measuring and in quantizing."""
 _FAMILIES = {"mlp.gate_proj": GATE_UP, "mlp.up_proj": GATE_UP, "mlp.down_proj": DOWN}
-_MODULES = {
-    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-}
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,12 @@ class Measurement:
 
 def layouts_of(name: str) -> Sequence[Layout]:
     """Return the layouts that are tried for a linear of a decoder block, by its tensor's name."""
-    short = name.removesuffix(".weight").split(".", 3)[-1]
-    return _FAMILIES.get(short, ATTENTION)
+    return _FAMILIES.get(linear_kind(name), ATTENTION)
+
+
+def linear_kind(name: str) -> str:
+    """Return a linear's name within its block: mlp.up_proj."""
+    return name.removesuffix(".weight").split(".", 3)[-1]
 
 
 def decoder_linears(config: LlamaConfig) -> dict[str, tuple[int, int]]:
@@ -95,7 +98,8 @@ def document_of(key: str, config: LlamaConfig, predictions: Mapping[str, Predict
         }
         for name in shapes
     }
-    return {"format": FORMAT, "version": VERSION, "key": key, "linears": linears}
+    head = {"format": FORMAT, "version": VERSION, "key": key, "linears": linears}
+    return head | modules_document(config, predictions)
 
 
 def write_measurement(path: Path, document: Mapping[str, Any]) -> None:
@@ -115,7 +119,7 @@ def read_measurement(path: Path, config: LlamaConfig, key: str | None) -> Measur
     try:
         if document.get("format") == FORMAT:
             return _own(path, document, config, key)
-        if isinstance(document.get("measurement"), dict):
+        if "format" not in document and isinstance(document.get("measurement"), dict):
             return _exllamav2s(path, document, config)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UsageError(f"{path}: a damaged measurement: {type(error).__name__}: {error}") from None
@@ -165,38 +169,21 @@ def _own(path: Path, document: Mapping[str, Any], config: LlamaConfig, key: str 
 def _exllamav2s(path: Path, document: Mapping[str, Any], config: LlamaConfig) -> Measurement:
     """Return ExLlamaV2's choices; bits are counted anew, for theirs leave the padding out."""
     shapes, slots = decoder_linears(config), []
-    missing = [name for name in _module_names(config) if name not in document["measurement"]]
+    missing = [name for name in module_names(config) if name not in document["measurement"]]
     if missing:
         reasons = [f"{name} is missing" for name in missing[:5]]
         raise UsageError(f"{path}: a measurement of another model", reasons=reasons)
-    for module in _module_names(config):
-        linears = _MODULES[module.rsplit(".", 1)[-1]]
+    for module in module_names(config):
+        linears = linears_of(module)
         choices = []
         for each in document["measurement"][module]:
-            layouts = {f"{module}.{linear}.weight": _their_layout(each[linear]) for linear in linears}
+            layouts = {f"{module}.{linear}.weight": their_layout(each[linear]) for linear in linears}
             bits = sum(layout.total_bits(*shapes[name]) for name, layout in layouts.items())
             choices.append(Choice(layouts, bits, (1 - float(each["accuracy"])) ** 2))
         slots.append(tuple(choices))
     measurement = Measurement(tuple(slots), "exllamav2", document)
     _check_fit(path, measurement, config)
     return measurement
-
-
-def _module_names(config: LlamaConfig) -> Iterator[str]:
-    for layer in range(config.n_layers):
-        yield from (f"model.layers.{layer}.{module}" for module in _MODULES)
-
-
-def _their_layout(stated: Mapping[str, Any]) -> Layout:
-    """Return the layout of `group_size` (one, or one for each width), `bits` and `bits_prop`."""
-    sizes = stated["group_size"]
-    parts = []
-    for bits, share in zip(stated["bits"], stated["bits_prop"], strict=True):
-        size = sizes[str(bits)] if isinstance(sizes, dict) else sizes
-        parts.append(Part(int(bits), int(size), float(share)))
-    if stated["scale_bits"] != 4 or any(part.group_size < 16 for part in parts):
-        raise ValueError(f"scales of {stated['scale_bits']} bits, parts {parts}")
-    return Layout(tuple(parts))
 
 
 def _check_fit(path: Path, measurement: Measurement, config: LlamaConfig) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+from converters.sizes import parse_size
+
 EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -21,15 +22,10 @@ class Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the number of bytes that the text names."""
-        text = str(value).strip().upper().removesuffix("B")
-        number = text.rstrip("KMGI")
         try:
-            size = int(float(number) * SIZE_UNITS[text[len(number) :].strip()])
-        except (ValueError, KeyError):
-            self.fail(f"{value!r} is not a size; write 4000000000, 4G or 4GiB", param, ctx)
-        if size <= 0:
-            self.fail(f"{value!r} is not a positive size", param, ctx)
-        return size
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -91,6 +87,9 @@ TYPE_OPTIONS = options(
         metavar="N",
         help="GPTQ: the GPUs that a server will split the model over; checked before the work.",
     ),
+    click.option("--pure", is_flag=True, help="No mix: the recipe's default type for every matrix."),
+)
+PIN_OPTIONS = options(
     click.option(
         "--tensor-type",
         "tensor_types",
@@ -101,7 +100,15 @@ TYPE_OPTIONS = options(
     ),
     click.option("--output-tensor-type", metavar="TYPE", help="The type of output.weight."),
     click.option("--token-embedding-type", metavar="TYPE", help="The type of token_embd.weight."),
-    click.option("--pure", is_flag=True, help="No mix: the recipe's default type for every matrix."),
+)
+RUNTIME_OPTIONS = options(
+    click.option("--ctx", type=click.IntRange(min=1), help="Of fit=: tokens of context; default: 4096."),
+    click.option(
+        "--cache",
+        type=click.Choice(["f16", "q8_0", "q4_0"]),
+        help="Of fit=: type of the KV cache; default: f16.",
+    ),
+    click.option("--reserve", type=Size(), help="Of fit=: memory to leave to others: 500M; default: none."),
 )
 PROOF_OPTIONS = options(
     click.option("--require-proof", is_flag=True, help="Exit 3 where the runtime is not installed."),

@@ -7,7 +7,7 @@ follows it without a decision of its own. So the tensors may arrive in any order
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from converters.disk import PARTIAL
 from converters.exl2_measurement import Measurement
 from converters.imatrix import Importances
 from converters.places import Piece
+from converters.runtime_memory import Runtime
 from converters.stats.archive import Archive
 from quantize.solver.linears import Effort
 
@@ -47,6 +48,10 @@ class ConvertOptions:
     hard the solver tries; `module_bits` are (regular expression on a linear's name, bits and group size as
     8bit-32g), of GPTQ alone; `tensor_parallel` is the number of GPUs that a server will split a matrix over;
     `measurement` says what EXL2's layouts cost.
+
+    `losses` are nats by the checkpoint's name of a matrix and by quant type (converters/type_losses.py): what
+    a budget is shared out by; `runtime` is what `fit=` leaves room for; `assigned` has the types, by GGUF's
+    names of the matrices, of a plan that was given back.
     """
 
     folder: Path
@@ -67,6 +72,9 @@ class ConvertOptions:
     module_bits: tuple[tuple[str, str], ...] = ()
     tensor_parallel: int = 1
     measurement: Measurement | None = None
+    losses: Mapping[str, Mapping[str, float]] | None = None
+    runtime: Runtime = field(default_factory=Runtime)
+    assigned: Mapping[str, str] | None = None
 
     @property
     def on_gpu(self) -> bool:

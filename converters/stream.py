@@ -79,7 +79,7 @@ def stream(
     """
     run = _Stream(weights, exports, options, on_event)
     n_workers = min(options.n_threads, MAX_WORKERS)
-    with _one_thread_per_worker(), ThreadPoolExecutor(n_workers) as pool:
+    with one_thread_per_worker(), ThreadPoolExecutor(n_workers) as pool:
         pending: deque[Future[_Outcome]] = deque()
         for part in run.slices():
             pending.append(pool.submit(run.work, part))
@@ -167,7 +167,7 @@ class _Stream:
 
 
 @contextmanager
-def _one_thread_per_worker() -> Iterator[None]:
+def one_thread_per_worker() -> Iterator[None]:
     """Keep torch from starting threads of its own inside each worker."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -22,6 +22,8 @@ from quantize.errors import RuntimeFailedError, RuntimeMissingError, UsageError
 
 VARIABLE: Final = "DSCQ_GPTQ_READERS"
 MAKE: Final = "scripts/gptq_readers DIR, then --readers DIR"
+# What pip leaves when it is done: an environment that was left half made is none.
+_INSTALLED: Final = {"autogptq": "auto_gptq-*.dist-info", "gptqmodel": "gptqmodel-*.dist-info"}
 LABELS: Final = {"autogptq": "AutoGPTQ", "gptqmodel": "GPTQModel"}
 _WORKER = Path(__file__).with_name("gptq_worker.py")
 _LAST_LINES = 2
@@ -77,11 +79,16 @@ def find_readers(folder: Path | None) -> tuple[Reader, ...]:
     """
     if folder is None:
         raise RuntimeMissingError("no GPTQ reader is installed", hint=MAKE)
-    pythons = {name: folder.absolute() / name / "bin" / "python" for name in LABELS}
-    found = tuple(Reader(name, python) for name, python in pythons.items() if python.exists())
+    homes = {name: folder.absolute() / name for name in LABELS}
+    found = tuple(
+        Reader(name, home / "bin" / "python")
+        for name, home in homes.items()
+        if (home / "bin" / "python").exists()
+        and any(home.glob(f"lib/python*/site-packages/{_INSTALLED[name]}"))
+    )
     if not found:
         raise UsageError(
-            f"--readers {folder}: holds neither {' nor '.join(f'{n}/bin/python' for n in LABELS)}",
+            f"--readers {folder}: holds no reader, neither {' nor '.join(LABELS)}",
             hint=f"scripts/gptq_readers {folder}",
         )
     return found

@@ -97,10 +97,19 @@ def autogptq_model(folder: str) -> Any:
 
 
 def gptqmodel_model(folder: str) -> Any:
-    """Load a folder with transformers and GPTQModel behind it, as users do, in the dtype of its config."""
-    from transformers import AutoModelForCausalLM
+    """Load a folder with transformers and GPTQModel behind it, as users do, in the dtype of its config.
 
-    return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype="auto")
+    The kernel that GPTQModel takes by itself on a CPU, torch_fused, ignores zero-points.
+    """
+    from transformers import AutoModelForCausalLM, GPTQConfig
+
+    stated = json.loads(Path(folder, "config.json").read_text("utf-8"))["quantization_config"]
+    chosen = (
+        {}
+        if stated.get("sym", True)
+        else {"quantization_config": GPTQConfig(stated["bits"], backend="torch")}
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype="auto", **chosen)
 
 
 def forward(request: dict[str, Any]) -> None:

@@ -214,9 +214,10 @@ def _notes(config: LlamaConfig, chosen: Layouts, options: ConvertOptions) -> lis
     notes = [f"{used:.4f} bits per weight of the decoder's linears"]
     if options.measurement is None:
         return [*notes, "nothing is measured yet: sizes are as the budget says, layouts will be others"]
-    best = "the least that the budget allows" if chosen.exact else "near the least"
-    by = options.measurement.gathered_by
-    return [*notes, f"predicted share of the outputs' energy lost: {chosen.mean_error:.3g}, {best} (by {by})"]
+    best = "the least that the budget allows" if chosen.exact else "near the least that the budget allows"
+    if options.measurement.gathered_by == "exllamav2":
+        return [*notes, f"layouts by exllamav2's measurement, squared errors {chosen.loss:.3g}: {best}"]
+    return [*notes, f"predicted KL divergence of these linears, roughly: {chosen.loss:.3g} nats, {best}"]
 
 
 def _tensor_plan(

@@ -1,6 +1,7 @@
 """GGUF: the format of llama.cpp and of everything built on it.
 
-A type for every tensor comes from a recipe, as llama-quantize mixes them: see `gguf_types`.
+A type for every tensor comes from a recipe, as llama-quantize mixes them (`gguf_types`), or from a size that
+the file shall have (`gguf_budget`).
 
 The layout comes first: the head of a file states every tensor's offset, so it is complete before the
 first weight is read, and tensors can be written at their offsets in any order.
@@ -23,6 +24,14 @@ from converters.journal import JournaledFile, remove_other_shards
 from converters.names import gguf_name, is_rotary, permute
 from converters.places import Piece, Place
 from converters.plan import ConvertOptions, FilePlan, Plan, Request, TensorPlan
+from converters.targets.gguf_budget import (
+    allocated,
+    assigned_types,
+    is_budget,
+    is_plan,
+    parse_budget,
+    plan_faults,
+)
 from converters.targets.gguf_fields import add_split_fields, bare_fields, gguf_fields
 from converters.targets.gguf_types import GgufTypes
 from quantize.codecs import codec
@@ -30,7 +39,8 @@ from quantize.codecs.encoder import Encoder, encoding_gpus
 from quantize.errors import PlanError, UsageError
 from quantize.recipes import ALIASES, RECIPES, Choice
 from quantize.solver import SOLVING
-from quantize.solver.blocks import BlockFactor, encode_compensated, prepare_blocks
+from quantize.solver.block_factor import BlockFactor, prepare_blocks
+from quantize.solver.blocks import encode_compensated
 from quantize.solver.linears import Effort
 
 _READ_ONLY = {
@@ -52,7 +62,9 @@ class GgufTarget:
         return tuple(RECIPES)
 
     def parse(self, text: str) -> str:
-        """Return a recipe by its name in any case; as in llama-quantize, `Q4_K` means `Q4_K_M`."""
+        """Return a budget, or a recipe by its name in any case; as in llama-quantize, Q4_K is Q4_K_M."""
+        if (budget := parse_budget(text)) is not None:
+            return budget
         name = text.upper()
         named = {quant.upper(): quant for quant in self.quants}
         if quant := named.get(ALIASES.get(name, name)):
@@ -61,11 +73,14 @@ class GgufTarget:
             f"{name} is not written: {_READ_ONLY[name]}" if name in _READ_ONLY else f"unknown type {text!r}"
         )
         known = ", ".join(f"{self.format}:{quant}" for quant in self.quants)
-        raise UsageError(f"--to {self.format}:{text}: {fault}", hint=f"known: {known}")
+        raise UsageError(
+            f"--to {self.format}:{text}: {fault}",
+            hint=f"known: {known}, {self.format}:bpw=3.5, size=4.1GB, fit=8GiB",
+        )
 
     def needs_hessians(self, request: Request) -> bool:
-        """Never: scales can be searched without any statistics."""
-        return False
+        """Only for a budget, which is shared out by predicted losses: scales can be searched without."""
+        return is_budget(request.quant)
 
     def check(self, checkpoint: Checkpoint, request: Request, options: ConvertOptions) -> list[str]:
         """Return what stands against an export: its name, odd heads, odd tokens, types that cannot be."""
@@ -79,14 +94,23 @@ class GgufTarget:
             reasons.append(
                 f"{n_tokens} tokens for the embedding's {config.vocab_size} rows; GGUF needs one each"
             )
-        return reasons + GgufTypes(config, RECIPES[request.quant], options).faults()
+        if is_plan(request.quant) and (faults := plan_faults(config, options.assigned or {})):
+            return reasons + faults
+        try:
+            return reasons + gguf_types(checkpoint, request, options).faults()
+        except PlanError as error:
+            return [*reasons, error.message, *error.reasons]
 
     def plan(self, checkpoint: Checkpoint, request: Request, options: ConvertOptions) -> Plan:
         """Return the layout; raises PlanError when a tensor alone is larger than `split_max_bytes`."""
-        types = GgufTypes(checkpoint.config, RECIPES[request.quant], options)
+        types = gguf_types(checkpoint, request, options)
+        return self.plan_types(checkpoint, request, types)
+
+    def plan_types(self, checkpoint: Checkpoint, request: Request, types: GgufTypes) -> Plan:
+        """Return the layout of a file of these types; raises PlanError as `plan`."""
         layout = _Layout(checkpoint, types)
-        shards = _split(layout, _unplaced(types), options.split_max_bytes)
-        stem = f"{checkpoint.provenance.name}-{request.quant}"
+        shards = _split(layout, _unplaced(types), types.options.split_max_bytes)
+        stem = f"{checkpoint.provenance.name}-{request.quant.replace('=', '-')}"
         files: list[FilePlan] = []
         placed: list[TensorPlan] = []
         for number, shard in enumerate(shards):
@@ -102,6 +126,19 @@ class GgufTarget:
     def open_writer(self, plan: Plan, options: ConvertOptions) -> "GgufWriter":
         """Create the files under temporary names, with their heads in place."""
         return GgufWriter(plan, options)
+
+
+def gguf_types(checkpoint: Checkpoint, request: Request, options: ConvertOptions) -> GgufTypes:
+    """Return the types that a request gives the tensors; raises PlanError for a budget that is too small."""
+    config, quant = checkpoint.config, request.quant
+    if is_plan(quant):
+        return assigned_types(quant, config, options, options.assigned or {})
+    if is_budget(quant):
+        target = GgufTarget()
+        return allocated(
+            quant, config, options, lambda types: target.plan_types(checkpoint, request, types).n_bytes
+        )
+    return GgufTypes(config, RECIPES[quant], options)
 
 
 class GgufWriter:

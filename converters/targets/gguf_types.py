@@ -5,17 +5,18 @@ In this order, the first that has a say decides, as in llama-quantize:
     1. vectors (the norms) are F32
     2. `--token-embedding-type` and `--output-tensor-type`, for these two alone; they must fit
     3. `--tensor-type PATTERN=TYPE`, the first whose regular expression is found in the tensor's GGUF name
-    4. `--pure`: the recipe's default type
-    5. the recipe (`quantize.recipes`)
+    4. a plan that was given back, or what a budget was shared out to (`gguf_budget`)
+    5. `--pure`: the recipe's default type
+    6. the recipe (`quantize.recipes`)
 
-What 3 to 5 choose falls back where the rows are no whole blocks of it. Overrides never touch another
+What 3 to 6 choose falls back where the rows are no whole blocks of it. Overrides never touch another
 tensor: in llama-quantize they shift the layers that a recipe counts.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from converters.names import gguf_name
@@ -42,11 +43,16 @@ def written_type(text: str, option: str) -> str:
 
 @dataclass(frozen=True)
 class GgufTypes:
-    """The types of one export's tensors."""
+    """The types of one export's tensors.
+
+    `assigned` are types by the checkpoint's names, in place of the recipe's mix; `remarks` are notes on them.
+    """
 
     config: LlamaConfig
     recipe: Recipe
     options: ConvertOptions
+    assigned: Mapping[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @cached_property
     def choices(self) -> Mapping[str, Choice]:
@@ -76,6 +82,7 @@ class GgufTypes:
         if self.options.compensate:
             count, effort = len(self.compensated()), self.options.effort
             notes.append(f"{count} tensors are rounded with error compensation, effort {effort}")
+        notes += self.remarks
         return notes + (self._device_notes() if self.options.on_gpu else [])
 
     def importance_users(self) -> list[str]:
@@ -84,6 +91,11 @@ class GgufTypes:
         if importances is None:
             return []
         return [name for name in self._searched() if name in importances.rows]
+
+    def pinned(self, name: str) -> bool:
+        """Return whether an option says what a matrix becomes."""
+        tied = self._is_tied(name) and self.options.output_tensor_type is not None
+        return tied or self._named(name) is not None or self._override_of(name) is not None
 
     def _choose(self, name: str, shape: tuple[int, ...]) -> Choice:
         if len(shape) == 1:
@@ -106,6 +118,8 @@ class GgufTypes:
             return Choice(quant, f"override {pattern}={quant}")
         if self._is_tied(name) and self.options.output_tensor_type is not None:
             return Choice(self.options.output_tensor_type, "--output-tensor-type, for the head is tied")
+        if name in self.assigned:
+            return Choice(self.assigned[name], f"as {self.recipe.name}")
         if self.options.pure:
             return Choice(self.recipe.default, f"pure {self.recipe.default}")
         return mixed(self.recipe, self._place(name), n_columns)
@@ -122,9 +136,10 @@ class GgufTypes:
         return next((number for number, matches in enumerate(found) if matches), None)
 
     def _overridden(self, number: int) -> list[str]:
-        return [name for name in self._matrices() if self._override_of(name) == number]
+        return [name for name in self.matrices() if self._override_of(name) == number]
 
-    def _matrices(self) -> list[str]:
+    def matrices(self) -> list[str]:
+        """Return the checkpoint's names of all matrices."""
         return [name for name, shape in self.config.tensor_shapes().items() if len(shape) > 1]
 
     def _role(self, name: str) -> str:

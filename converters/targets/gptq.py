@@ -23,7 +23,7 @@ from converters.hf_folder import folder_files, hf_faults
 from converters.places import Piece, Place
 from converters.plan import ConvertOptions, FilePlan, Plan, Request, TensorPlan
 from converters.targets.gptq_layout import FLOAT, ROW_STEP, members, shard, stripe
-from converters.targets.gptq_limits import limit_faults, reader_verdicts, verdict_rows
+from converters.targets.gptq_limits import Verdict, limit_faults, reader_verdicts, verdict_rows
 from converters.targets.gptq_spec import GROUP_SIZES, GptqSpec, parse_shape, parse_spec
 from quantize.codecs.gptq import VERSIONS, pack_codes, pack_zeros
 from quantize.errors import ArchiveError
@@ -62,7 +62,8 @@ class GptqTarget:
         shapes = {(each.bits, each.group_size) for each in module_specs(config, spec, options).values()}
         for bits, group_size in sorted(shapes):
             reasons += limit_faults(config, bits, group_size)
-        return list(dict.fromkeys([*reasons, *_useless_overrides(config, options)]))
+        reasons += _useless_overrides(config, options) + _tensor_parallel_faults(config, spec, options)
+        return list(dict.fromkeys(reasons))
 
     def plan(self, checkpoint: Checkpoint, request: Request, options: ConvertOptions) -> Plan:
         """Return the folder's files and what the readers will make of it."""
@@ -75,9 +76,7 @@ class GptqTarget:
         unplaced = [_tensor_plan(name, shape, specs) for name, shape in config.tensor_shapes().items()]
         max_bytes = options.split_max_bytes or SHARD_BYTES
         files, tensors = shard(unplaced, specs, max_bytes, len(heads))
-        verdicts = reader_verdicts(
-            config, spec.bits, spec.group_size, spec.symmetric, spec.desc_act, options.tensor_parallel
-        )
+        verdicts = _verdicts(config, spec, options)
         notes = [f"override {rule}: {count} linears" for rule, count in _overridden(config, options).items()]
         return Plan(
             request,
@@ -237,6 +236,21 @@ def _overridden(config: LlamaConfig, options: ConvertOptions) -> dict[str, int]:
         if first is not None:
             counts["=".join(first)] += 1
     return counts
+
+
+def _verdicts(config: LlamaConfig, spec: GptqSpec, options: ConvertOptions) -> list[Verdict]:
+    figures = (spec.bits, spec.group_size, spec.symmetric, spec.desc_act, options.tensor_parallel)
+    return reader_verdicts(config, *figures)
+
+
+def _tensor_parallel_faults(config: LlamaConfig, spec: GptqSpec, options: ConvertOptions) -> list[str]:
+    """Return why no kernel of vLLM takes the folder on the GPUs that were asked for."""
+    if options.tensor_parallel == 1:
+        return []
+    served = [verdict for verdict in _verdicts(config, spec, options) if verdict.reader.startswith("vLLM")]
+    if any(verdict.loads for verdict in served):
+        return []
+    return [f"--tp {options.tensor_parallel}: {reason}" for reason in served[0].reasons]
 
 
 def _useless_overrides(config: LlamaConfig, options: ConvertOptions) -> list[str]:

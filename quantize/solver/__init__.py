@@ -12,8 +12,10 @@ independent; within a row, the errors of correlated columns can cancel, and that
     linears      all of these for the linears of one input, with an effort to choose
     exl2         the same for EXL2: groups of several widths, scales of four bits
     kernels      the inner loops over columns on the CPU
+    blocks       ggml's block types: a Hessian factored by super-blocks (block_factor), what their fields can
+                 hold (block_grids), and compiled loops (block_kernels, search_kernels, refit_kernels)
 
-Nothing here knows a file format: GPTQ's groups, ggml's blocks and EXL2's rows are all such grids.
+Nothing here knows a file: GPTQ's groups, ggml's blocks and EXL2's rows are all such grids.
 """
 
 SOLVING = 1

@@ -36,8 +36,8 @@ class BlockShape:
     """What a type's blocks allow.
 
     `sub` weights share a scale; there are `n_levels`, 0, 1, 2, ..., or the uneven ones of IQ4. `steps` are
-    the smallest and largest integer scale, None where d stands alone; `drop` is the largest integer
-    minimum, 0 where there is none. `based` says whether a sub-block has a base of its own.
+    the smallest and largest integer scale, None where d stands alone; `drop` is the largest integer minimum,
+    0 where there is none. `based` says whether a sub-block has a base of its own.
     """
 
     sub: int

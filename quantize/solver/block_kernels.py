@@ -1,212 +1,181 @@
-"""The refit of ggml's scales on the CPU: each sub-block's integers moved to their best for the codes.
+"""The loops over a block's columns on the CPU: codes rounded with compensation, codes moved to their best.
 
-With the levels l of a sub-block and the gradient G = (W - Ŵ) H, a step of u in its scale and v in its base
-lowers the loss by
-
-    2 (u G·l + v G·1) - (u² lHl + 2 u v lH1 + v² 1H1)
-
-The best u of both together is rounded to what can be stored, then the best v for it, and so for the integers
-beside it; the largest gain is taken, none if none is above zero. Sub-blocks follow one another, each seeing
-what those before have changed. Rows are lanes, as in quantize/solver/kernels.py.
+As in quantize/solver/kernels.py rows are lanes, 64 side by side. But blocks are longer here, and a tile of
+all their columns does not stay in the first-level cache: so columns gather what those before have left for
+them, eight together, instead of handing their own share to all that follow. Products and sums may be fused:
+there are no bits of another program to match; what a code stands for is computed elsewhere (`Grid.values`).
 """
 
 from typing import Any
 
 import numpy as np
 
-from quantize.codecs.native.arithmetic import ONE, ZERO, Bytes, Floats, half, nearest
-from quantize.codecs.native.compiled import native
+from quantize.codecs.native.arithmetic import ONE, ZERO, Bytes, Floats
+from quantize.codecs.native.compiled import fused, inlined
 from quantize.codecs.native.tiles import LANES, float_tile, lanes
-from quantize.solver.kernels import _load, _load_group, _store
+from quantize.solver.kernels import _load, _load_codes, _store, _values
 
-_TOO_SMALL = np.float32(1e-5)
-_LARGEST = np.float32(65504)
-
-
-@native
-def _load_levels(codes: Bytes, first: int, column: int, levels: Floats, tile: Floats) -> None:
-    """Set the levels of a sub-block's codes, from `column` on."""
-    for lane in range(LANES):
-        if first + lane < len(codes):
-            row = codes[first + lane]
-            for i in range(len(tile)):
-                tile[i, lane] = levels[row[column + i]]
-        else:
-            for i in range(len(tile)):
-                tile[i, lane] = ZERO
+_AHEAD = 8  # columns that gather together: what they read of all before is read once
+_ROUNDER = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves no bits behind the point
 
 
-@native
-def _curve(level: Floats, slope: Floats, hessian: Floats, column: int, sums: Floats) -> None:
-    """Set G·l, G·1, lHl and lH1 of one sub-block, whose columns of H start at `column`."""
-    product = lanes()
-    slope_level, slope_one, level_level, level_one = sums[0], sums[1], sums[2], sums[3]
-    for lane in range(LANES):
-        slope_level[lane] = slope_one[lane] = level_level[lane] = level_one[lane] = ZERO
-    for i in range(len(level)):
-        row, total = hessian[column + i], ZERO
+@inlined
+def gather(changes: Floats, factors: Floats, count: int, goal: Floats) -> None:
+    """Add Σ factors_k * changes_k of the first `count` columns to a column's goal."""
+    whole = count // 4 * 4
+    for k in range(0, whole, 4):
+        f0, f1, f2, f3 = factors[k], factors[k + 1], factors[k + 2], factors[k + 3]
         for lane in range(LANES):
-            product[lane] = ZERO
-        for k in range(len(level)):
-            factor = row[column + k]
-            total += factor
-            for lane in range(LANES):
-                product[lane] += factor * level[k, lane]
+            first = changes[k, lane] * f0 + changes[k + 1, lane] * f1
+            goal[lane] += first + (changes[k + 2, lane] * f2 + changes[k + 3, lane] * f3)
+    for k in range(whole, count):
+        factor = factors[k]
         for lane in range(LANES):
-            slope_level[lane] += slope[column + i, lane] * level[i, lane]
-            slope_one[lane] += slope[column + i, lane]
-            level_level[lane] += product[lane] * level[i, lane]
-            level_one[lane] += total * level[i, lane]
+            goal[lane] += changes[k, lane] * factor
 
 
-@native
-def _inside(hessian: Floats, column: int, n: int) -> Any:
-    """Return 1H1 of the n columns from `column` on."""
-    total = ZERO
-    for i in range(column, column + n):
-        for k in range(column, column + n):
-            total += hessian[i, k]
-    return total
-
-
-@native
-def _limited(value: Any, low: Any, high: Any) -> Any:
-    """Round to the nearest integer in low..high, as a float32."""
-    return np.float32(nearest(min(max(value, low), high)))
-
-
-@native
-def _step_symmetric(sums: Floats, limits: Floats, now: Floats, step: Floats) -> None:
-    """Set the scale's step u; `now` is unit, drop unit, step, drop, scale, base, and takes the new ones."""
-    unit, steps, scale = now[0], now[2], now[4]
-    for lane in range(LANES):
-        slope, curve = sums[0, lane], sums[2, lane]
-        best = slope / curve if curve > ZERO else ZERO
-        if limits[3] != ZERO:
-            whole, new = ONE, half(min(max(scale[lane] + best, -_LARGEST), _LARGEST))
-        else:
-            inverse = ONE / unit[lane] if unit[lane] != ZERO else ZERO
-            whole = _limited(steps[lane] + best * inverse, limits[0], limits[1])
-            new = unit[lane] * whole
-        move = new - scale[lane]
-        helps = move * (np.float32(2) * slope - move * curve) > ZERO
-        step[lane] = move if helps else ZERO
-        steps[lane] = whole if helps else steps[lane]
-        scale[lane] = new if helps else scale[lane]
-
-
-@native
-def _step_affine(sums: Floats, ones: Any, limits: Floats, now: Floats, step: Floats, lift: Floats) -> None:
-    """Set the steps u of the scale and v of the base; see `_step_symmetric`."""
-    unit, drop_unit, steps, drops, scale, base = now[0], now[1], now[2], now[3], now[4], now[5]
-    halves, two = limits[3] != ZERO, np.float32(2)
-    for lane in range(LANES):
-        slope, slope_one, curve, cross = sums[0, lane], sums[1, lane], sums[2, lane], sums[3, lane]
-        determinant = curve * ones - cross * cross
-        free = (
-            (slope * ones - slope_one * cross) / determinant
-            if determinant > _TOO_SMALL * curve * ones
-            else ZERO
-        )
-        inverse = ONE / unit[lane] if unit[lane] != ZERO else ZERO
-        drop_inverse = ONE / drop_unit[lane] if drop_unit[lane] != ZERO else ZERO
-        middle = _limited(steps[lane] + free * inverse, limits[0], limits[1])
-        gain, u, v = ZERO, ZERO, ZERO
-        best_step, best_drop, best_scale, best_base = steps[lane], drops[lane], scale[lane], base[lane]
-        for beside in range(-1, 2):
-            if halves:
-                whole, new = ONE, half(min(max(scale[lane] + free, -_LARGEST), _LARGEST))
-            else:
-                whole = min(max(middle + np.float32(beside), limits[0]), limits[1])
-                new = unit[lane] * whole
-            up = new - scale[lane]
-            goal = base[lane] + (slope_one - cross * up) / ones
-            if halves:
-                drop, new_base = ONE, half(min(max(goal, -_LARGEST), _LARGEST))
-            else:
-                drop = _limited(-goal * drop_inverse, ZERO, limits[2])
-                new_base = -(drop_unit[lane] * drop)
-            raised = new_base - base[lane]
-            gained = two * (up * slope + raised * slope_one) - (
-                up * up * curve + two * up * raised * cross + raised * raised * ones
-            )
-            wins = gained > gain
-            gain = gained if wins else gain
-            u, v = up if wins else u, raised if wins else v
-            best_step, best_drop = whole if wins else best_step, drop if wins else best_drop
-            best_scale, best_base = new if wins else best_scale, new_base if wins else best_base
-        step[lane], lift[lane] = u, v
-        steps[lane], drops[lane], scale[lane], base[lane] = best_step, best_drop, best_scale, best_base
-
-
-@native
-def _hand_on_four(tile: Floats, start: int, moves: Floats, hessian: Floats, column: int) -> None:
-    """Take from all columns from `start` on what a sub-block's moves, from `column` on, add to (Ŵ H)."""
-    for i in range(0, len(moves), 4):
-        m0, m1, m2, m3 = moves[i], moves[i + 1], moves[i + 2], moves[i + 3]
-        h0, h1, h2, h3 = (
-            hessian[column + i],
-            hessian[column + i + 1],
-            hessian[column + i + 2],
-            hessian[column + i + 3],
-        )
-        for k in range(start, len(tile)):
-            f0, f1, f2, f3 = h0[k], h1[k], h2[k], h3[k]
+@fused
+def _gather_ahead(changes: Floats, factors: Floats, count: int, goals: Floats) -> None:
+    """Add to some columns' goals what the first `count` columns, a multiple of four, have left for them."""
+    for k in range(0, count, 4):
+        for c in range(len(goals)):
+            f0, f1, f2, f3 = factors[c, k], factors[c, k + 1], factors[c, k + 2], factors[c, k + 3]
             for lane in range(LANES):
-                tile[k, lane] -= (m0[lane] * f0 + m1[lane] * f1) + (m2[lane] * f2 + m3[lane] * f3)
+                first = changes[k, lane] * f0 + changes[k + 1, lane] * f1
+                goals[c, lane] += first + (changes[k + 2, lane] * f2 + changes[k + 3, lane] * f3)
 
 
-@native
-def refit_block(
+@fused
+def invert(scale: Floats, inverse: Floats) -> None:
+    """Set 1 / scale, or zero where the scale is zero."""
+    for lane in range(LANES):
+        inverse[lane] = ONE / scale[lane] if scale[lane] != ZERO else ZERO
+
+
+@inlined
+def nearest_levels(
+    goal: Floats, grid: Any, levels: Floats, middles: Floats, codes: Floats, values: Floats
+) -> None:
+    """Set the codes nearest to a lane's goal, and their values; `grid` is scale, its inverse and base."""
+    scale, inverse, base = grid
+    if len(middles) == 0:
+        top = np.float32(len(levels) - 1)
+        for lane in range(LANES):
+            units = (goal[lane] - base[lane]) * inverse[lane]
+            code = np.float32(min(max(units, ZERO), top) + _ROUNDER) - _ROUNDER
+            codes[lane] = code
+            values[lane] = scale[lane] * code + base[lane]
+        return
+    for lane in range(LANES):
+        codes[lane] = ZERO
+        values[lane] = levels[0]
+    for i in range(len(middles)):
+        gap = levels[i + 1] - levels[i]
+        for lane in range(LANES):
+            above = goal[lane] * inverse[lane] > middles[i]
+            codes[lane] += ONE if above else ZERO
+            values[lane] += gap if above else ZERO
+    for lane in range(LANES):
+        values[lane] *= scale[lane]
+
+
+@fused
+def round_block(
+    target: Floats,
+    order: Any,
+    feedback: Floats,
+    levels: Floats,
+    middles: Floats,
+    scale: Floats,
+    base: Floats,
+    out_codes: Bytes,
+) -> None:
+    """Round the columns of a block (N, B) in an order, each error handed on to the columns to come.
+
+    `feedback` (B, B) is Ũᵀ in that order; scale and base are (N, G).
+    """
+    n, group = len(order), len(order) // scale.shape[1]
+    weight, errors, codes, column = float_tile(n), float_tile(n), float_tile(n), lanes()
+    goals, values = float_tile(_AHEAD), lanes()
+    scales, bases = float_tile(scale.shape[1]), float_tile(scale.shape[1])
+    inverses = float_tile(scale.shape[1])
+    for first in range(0, len(target), LANES):
+        _load(target, first, weight)
+        _load(scale, first, scales)
+        _load(base, first, bases)
+        for i in range(len(scales)):
+            invert(scales[i], inverses[i])
+        for j in range(n):
+            at = order[j]
+            if j % _AHEAD == 0:
+                end = min(j + _AHEAD, n)
+                for c in range(j, end):
+                    for lane in range(LANES):
+                        goals[c - j, lane] = weight[order[c], lane]
+                _gather_ahead(errors, feedback[j:end], j, goals[: end - j])
+            start = j // _AHEAD * _AHEAD
+            goal = goals[j - start]
+            gather(errors[start:], feedback[j, start:], j - start, goal)
+            grid = scales[at // group], inverses[at // group], bases[at // group]
+            nearest_levels(goal, grid, levels, middles, column, values)
+            for lane in range(LANES):
+                codes[at, lane] = column[lane]
+                errors[j, lane] = weight[at, lane] - values[lane]
+        _store(codes, first, out_codes)
+
+
+@fused
+def move_block(
     gradient: Floats,
-    codes: Bytes,
     hessian: Floats,
     levels: Floats,
-    affine: bool,
-    limits: Floats,
-    scales: Floats,
+    middles: Floats,
+    scale: Floats,
+    base: Floats,
+    codes: Bytes,
     out_moves: Floats,
 ) -> None:
-    """Move the scales of every sub-block of a block (N, B) to their best; set what that added to Ŵ.
+    """Move each code of a block (N, B) to its best, the others held; set what was added to Ŵ.
 
-    `gradient` is (W - Ŵ) H, `hessian` (B, B), `levels` those of the codes less the middle. `scales`, f32
-    (6, N, G), holds d, dmin, step, drop, scale and base of each sub-block, the last four of which are
-    changed. `limits` are the smallest and largest step, the largest drop, and whether d and base are halves
-    that stand alone, with no integers.
+    `gradient` is (W - Ŵ) H, `hessian` (B, B), scale and base (N, G).
     """
-    n_groups = scales.shape[2]
-    n = gradient.shape[1] // n_groups
-    slope, level, moves = float_tile(gradient.shape[1]), float_tile(n), float_tile(n)
-    all_moves, sums, now = float_tile(gradient.shape[1]), float_tile(4), float_tile(6)
-    step, lift = lanes(), lanes()
-    ones = np.empty(n_groups, np.float32)
-    for j in range(n_groups):
-        ones[j] = _inside(hessian, j * n, n)
+    n = gradient.shape[1]
+    group = n // scale.shape[1]
+    slope, old, back = float_tile(n), float_tile(n), float_tile(n)
+    goal, before, new, after = lanes(), lanes(), lanes(), lanes()
+    scales, bases = float_tile(scale.shape[1]), float_tile(scale.shape[1])
+    inverses = float_tile(scale.shape[1])
     for first in range(0, len(gradient), LANES):
         _load(gradient, first, slope)
-        for j in range(n_groups):
-            column = j * n
-            for f in range(6):
-                _load_group(scales[f], first, j, now[f])
-            _load_levels(codes, first, column, levels, level)
-            _curve(level, slope, hessian, column, sums)
-            if affine:
-                _step_affine(sums, ones[j], limits, now, step, lift)
-            else:
-                _step_symmetric(sums, limits, now, step)
-                lift[:] = ZERO
-            for i in range(n):
-                for lane in range(LANES):
-                    moves[i, lane] = step[lane] * level[i, lane] + lift[lane]
-                    all_moves[column + i, lane] = moves[i, lane]
-            _hand_on_four(slope, column + n, moves, hessian, column)
-            for f in range(2, 6):
-                for lane in range(min(LANES, len(gradient) - first)):
-                    scales[f, first + lane, j] = now[f, lane]
-        _store(all_moves, first, out_moves)
+        _load_codes(codes, first, old)
+        _load(scale, first, scales)
+        _load(base, first, bases)
+        for i in range(len(scales)):
+            invert(scales[i], inverses[i])
+        for j in range(n):
+            grid = scales[j // group], inverses[j // group], bases[j // group]
+            start = j // _AHEAD * _AHEAD
+            if j == start:
+                end = min(j + _AHEAD, n)
+                _gather_ahead(back, hessian[j:end], j, slope[j:end])
+            gather(back[start:], hessian[j, start:], j - start, slope[j])
+            step = ONE / hessian[j, j]
+            _values(old[j], grid[0], grid[2], levels, len(middles) == 0, before)
+            for lane in range(LANES):
+                goal[lane] = before[lane] + slope[j, lane] * step
+            nearest_levels(goal, grid, levels, middles, new, after)
+            for lane in range(LANES):
+                nearer = abs(goal[lane] - after[lane]) < abs(goal[lane] - before[lane])
+                back[j, lane] = before[lane] - after[lane] if nearer else ZERO
+                old[j, lane] = new[lane] if nearer else old[j, lane]
+        for i in range(n):
+            for lane in range(LANES):
+                back[i, lane] = -back[i, lane]
+        _store(old, first, codes)
+        _store(back, first, out_moves)
 
 
-@native
+@fused
 def misses(W: Floats, codes: Bytes, scale: Floats, base: Floats, levels: Floats, out: Floats) -> None:
     """Set W - Ŵ, (N, B), of codes on a grid whose sub-blocks lie side by side."""
     n_groups = scale.shape[1]

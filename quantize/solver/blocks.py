@@ -1,118 +1,52 @@
 """Error-compensated rounding to ggml's block types: bytes that every reader of the type decodes.
 
 A row's columns are taken 256 at a time: a super-block of the K-quants, or eight blocks of 32. H is factored
-by such blocks as it is by columns in quantize/solver/factor.py, H = M S Mᵀ, M with identities on its diagonal
-and otherwise zero on one side of it, S zero but for blocks of 256 × 256. The loss of a row's errors e is then
+by such blocks as it is by columns in quantize/solver/factor.py: H = M S Mᵀ, M with identities on its diagonal
+and otherwise zero on one side of it, S zero but for blocks of 256 x 256. The loss of a row's errors e is then
 
     e H eᵀ = Σ_b (e M)_b S_b (e M)_bᵀ        (e M)_b = e_b + Σ_{a before b} e_a M_ab
 
 so that what is best for block b, given those before, is to round the target w_b + Σ e_a M_ab under S_b: which
 is H_bb less all that later blocks can make up for. That is a small problem, whose matrices stay in the cache,
-and it is solved with some care: scales searched by the type's own search on the target, codes by compensation
-in the order of activation, then rounds of refitted scales and of coordinate descent (block_kernels, descend),
-all under S_b. Only then the block's errors are handed on.
+and it is solved with care before the block's errors are handed on: scales by the type's own search on the
+target, and then among those beside them; codes by compensation in the order of activation; rounds, in which
+the scales are refitted to the codes and the codes moved to their best, all under S_b.
 
-    fast      no round
-    default   two rounds in each block
-    high      four; then four times over all blocks again, under H itself, two rounds in each
+    fast      the type's own search, compensation
+    default   three grids beside each other, a round
+    high      all grids nearby, two rounds; then two sweeps over all blocks under H itself, with two rounds
 
-The order of blocks is that of their largest diagonal element. Rows are independent of each other.
+The order of blocks is that of their largest diagonal element. Rows are independent of each other, up to how
+the matrix products sum (then a near-tie may fall to the other side).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from quantize.codecs.base import Codec
+from quantize.codecs.native.arithmetic import Floats
 from quantize.errors import UsageError
 from quantize.products import linear
-from quantize.solver import block_kernels
-from quantize.solver.block_grids import SHAPES, BlockScales, join, packed, searched_scales
-from quantize.solver.compensate import array, compensate
-from quantize.solver.descend import in_place, move_codes
-from quantize.solver.factor import Factor, prepare
+from quantize.solver import block_kernels, refit_kernels, search_kernels
+from quantize.solver.block_factor import BlockFactor, BlockStep
+from quantize.solver.block_grids import SHAPES, BlockScales, BlockShape, join, packed, searched_scales
+from quantize.solver.compensate import array
 from quantize.solver.linears import Effort
 
-WIDTH = 256
-"""Columns that are solved together: a super-block."""
-ROUNDS: Mapping[str, int] = {"fast": 0, "default": 2, "high": 4}
-SWEEPS: Mapping[str, int] = {"fast": 0, "default": 0, "high": 4}
-_DEAD = 1e-3  # of the mean diagonal: what a column weighs that never has an input
-
-
-@dataclass(frozen=True)
-class BlockStep:
-    """One block of the walk: columns start..start + w of H.
-
-    `hessian` is S_b, f32 (w, w); `local` its factor in the order of activation; `feedback` M_bcᵀ, f32
-    (K - end, w), for all columns c to come in the order of the walk.
-    """
-
-    start: int
-    hessian: torch.Tensor
-    local: Factor
-    feedback: torch.Tensor
-
-
-@dataclass(frozen=True)
-class BlockFactor:
-    """H made ready for rounding to blocks: f32 (K, K), damped, in the order of the columns; and the walk."""
-
-    hessian: torch.Tensor
-    importance: torch.Tensor
-    steps: tuple[BlockStep, ...]
-    log: tuple[str, ...]
+TRIES: Mapping[str, int] = {"fast": 1, "default": 3, "high": 19}
+ROUNDS: Mapping[str, int] = {"fast": 0, "default": 1, "high": 2}
+SWEEPS: Mapping[str, int] = {"fast": 0, "default": 0, "high": 2}
+_SWEEP_ROUNDS = 2
+_WAYS = ((-1, -1), (-1, 0), (1, 1), (0, 1), (0, -1), (1, 0))
+_WAYS_OF_STEPS = ((-1, 0), (1, 0))
 
 
 def compensated_types() -> tuple[str, ...]:
     """Return the names of the quant types that `encode_compensated` writes."""
     return tuple(SHAPES)
-
-
-def prepare_blocks(H: torch.Tensor, *, damp: float = 0.05, name: str = "") -> BlockFactor:
-    """Factor a Hessian f32 (K, K) by blocks of 256 columns, for all linears that share its input.
-
-    Raises what `prepare` raises: HessianError where H cannot be factored, UsageError for a wrong damping.
-    """
-    factor = prepare(H, damp=damp, order="group", group_size=WIDTH, name=name)
-    damped = in_place(factor.hessian, factor.order)
-    importance = H.diagonal().clamp(min=0).float()
-    live = importance[~factor.dead]
-    mean = float(live.mean()) if len(live) else 1.0
-    damped.diagonal()[factor.dead] = _DEAD * mean
-    return BlockFactor(damped, importance.clamp(min=_DEAD * mean), _walk(factor, _DEAD * mean), factor.log)
-
-
-def _walk(factor: Factor, dead: float) -> tuple[BlockStep, ...]:
-    """Return the blocks in the order of rounding; columns without an input weigh `dead`."""
-    bounds = _bounds(factor.order)
-    upper, feedback = factor.feedback, factor.feedback.clone()
-    inside = [torch.argsort(factor.order[start:end]) for start, end in bounds]
-    for start, end in bounds[1:]:
-        feedback[:start, start:end] = torch.linalg.solve_triangular(
-            upper[start:end, start:end], upper[:start, start:end], upper=True, left=False, unitriangular=True
-        )
-    # Inside a block the columns come as they lie: M and S do not depend on their order.
-    place = torch.cat([start + nat for (start, _), nat in zip(bounds, inside, strict=True)])
-    feedback = feedback[place][:, place]
-    steps = []
-    for (start, end), nat in zip(bounds, inside, strict=True):
-        part = upper[start:end, start:end]
-        S = linear(part * factor.weights[start:end], part.contiguous())[nat][:, nat].contiguous()
-        first = int(factor.order[start]) // WIDTH * WIDTH
-        S.diagonal()[factor.dead[first : first + end - start]] = dead
-        local = prepare(S, damp=0.0, order="activation")
-        steps.append(BlockStep(first, S, local, feedback[start:end, end:].T.contiguous()))
-    return tuple(steps)
-
-
-def _bounds(order: torch.Tensor) -> list[tuple[int, int]]:
-    """Return where in the order of rounding each block of columns begins and ends."""
-    blocks = order // WIDTH
-    changes = ((blocks[1:] != blocks[:-1]).nonzero()[:, 0] + 1).tolist()
-    return list(zip([0, *changes], [*changes, len(order)], strict=True))
 
 
 def encode_compensated(
@@ -159,57 +93,71 @@ def _solve(
     kind: Codec, W: torch.Tensor, factor: BlockFactor, effort: str
 ) -> tuple[torch.Tensor, BlockScales]:
     """Walk over the blocks, then sweep over them; return the codes, (N, K), and all scales."""
-    target = torch.cat([W[:, step.start : step.start + len(step.hessian)] for step in factor.steps], 1)
+    target = torch.cat([_columns(W, step) for step in factor.steps], 1)
     parts: dict[int, _Part] = {}
-    done = 0
+    end = 0
     for step in factor.steps:
-        width = len(step.hessian)
-        goal = target[:, done : done + width].contiguous()
-        part = _round(kind, goal, factor.importance[step.start : step.start + width].contiguous(), step)
-        if ROUNDS[effort]:
-            gradient = linear(_misses(goal, part), step.hessian)
-            _improve(part, gradient, step.hessian, ROUNDS[effort])
+        start, end = end, end + len(step.hessian)
+        part = _solve_block(kind, target[:, start:end].contiguous(), factor, step, effort)
         parts[step.start] = part
-        done += width
-        if done < target.shape[1]:
-            errors = _misses(W[:, step.start : step.start + width].contiguous(), part)
-            target[:, done:] += linear(errors, step.feedback)
-    for _ in range(SWEEPS[effort]):
-        _sweep(W, parts, factor.hessian)
+        if end < target.shape[1]:
+            target[:, end:] += linear(_misses(_columns(W, step).contiguous(), part), step.feedback)
     ordered = [parts[start] for start in sorted(parts)]
+    for _ in range(SWEEPS[effort]):
+        _sweep(W, ordered, factor.hessian)
     return torch.cat([part.codes for part in ordered], 1), join([part.scales for part in ordered])
 
 
-def _round(kind: Codec, goal: torch.Tensor, importance: torch.Tensor, step: BlockStep) -> _Part:
-    """Search a block's scales and round its columns, each error handed on inside the block."""
+def _columns(W: torch.Tensor, step: BlockStep) -> torch.Tensor:
+    return W[:, step.start : step.start + len(step.hessian)]
+
+
+def _solve_block(kind: Codec, goal: torch.Tensor, factor: BlockFactor, step: BlockStep, effort: str) -> _Part:
+    """Round one block's columns to what is best given all blocks before."""
+    importance = factor.importance[step.start : step.start + goal.shape[1]].contiguous()
     scales = searched_scales(kind, goal, importance)
-    return _Part(compensate(goal, step.local, scales.grid()), scales)
+    if TRIES[effort] > 1:
+        scales = search_beside(goal, scales, step, TRIES[effort])
+    part = _round(goal, scales, step)
+    if ROUNDS[effort]:
+        _improve(part, linear(_misses(goal, part), step.hessian), step.hessian, ROUNDS[effort])
+    return part
 
 
-def _sweep(W: torch.Tensor, parts: Mapping[int, _Part], H: torch.Tensor) -> None:
-    """Improve each block once more under H, all others held."""
-    ordered = [parts[start] for start in sorted(parts)]
-    errors = [
-        _misses(W[:, start : start + part.codes.shape[1]].contiguous(), part)
-        for start, part in sorted(parts.items())
-    ]
+def _round(goal: torch.Tensor, scales: BlockScales, step: BlockStep) -> _Part:
+    """Round a block's columns, each error handed on inside the block."""
+    codes = torch.empty(goal.shape, dtype=torch.uint8)
+    order, feedback, _ = step.local
+    levels, pair = _levels(scales.shape), _pair(scales)
+    block_kernels.round_block(goal.numpy(), order.numpy(), feedback.numpy(), *levels, *pair, codes.numpy())
+    return _Part(codes, scales)
+
+
+def _sweep(W: torch.Tensor, parts: Sequence[_Part], H: torch.Tensor) -> None:
+    """Improve each block once more under H, all others held; `parts` are in the order of the columns."""
+    columns = torch.split(W, [part.codes.shape[1] for part in parts], 1)
+    errors = [_misses(w.contiguous(), part) for w, part in zip(columns, parts, strict=True)]
     gradient = linear(torch.cat(errors, 1), H)
-    start = 0
-    for part in ordered:
-        end = start + part.codes.shape[1]
+    end = 0
+    for part in parts:
+        start, end = end, end + part.codes.shape[1]
         before = part.scales.grid().values(part.codes)
-        _improve(part, gradient[:, start:end].contiguous(), H[start:end, start:end].contiguous(), 2)
+        inside = H[start:end, start:end].contiguous()
+        _improve(part, gradient[:, start:end].clone(), inside, _SWEEP_ROUNDS)
         moves = part.scales.grid().values(part.codes) - before
         gradient -= linear(moves, H[:, start:end].contiguous())
-        start = end
 
 
 def _improve(part: _Part, gradient: torch.Tensor, H: torch.Tensor, rounds: int) -> None:
-    """Refit the scales to the codes and move the codes to their best, `rounds` times."""
-    for _ in range(rounds):
+    """Refit the scales to the codes and move the codes to their best, `rounds` times; gradient is lost."""
+    levels = _levels(part.scales.shape)
+    for k in range(rounds):
         part.scales, moves = refit_blocks(part.codes, part.scales, gradient, H)
         gradient -= linear(moves, H)
-        part.codes = move_codes(gradient, part.codes, H, part.scales.grid())
+        changed = part.codes.numpy(), moves.numpy()
+        block_kernels.move_block(gradient.numpy(), H.numpy(), *levels, *_pair(part.scales), *changed)
+        if k + 1 < rounds:
+            gradient -= linear(moves, H)
 
 
 def refit_blocks(
@@ -219,25 +167,75 @@ def refit_blocks(
 
     `gradient`, f32 (N, w), is (W - Ŵ) H with H f32 (w, w). d and dmin stay where integers stand beside them.
     """
-    shape, grid = scales.shape, scales.grid()
-    fields = torch.stack([*scales.units(), scales.steps, scales.drops, grid.scale, grid.base])
+    shape, fields = scales.shape, _fields(scales)
     moves = torch.empty_like(gradient)
-    low, high = shape.steps or (1, 1)
-    limits = np.array([low, high, shape.drop, shape.steps is None], np.float32)
-    levels = array(grid.levels - shape.middle)
-    block_kernels.refit_block(
-        array(gradient), codes.numpy(), array(H), levels, shape.based, limits, fields.numpy(), moves.numpy()
+    levels = array(shape.levels() - shape.middle)
+    outputs = fields.numpy(), moves.numpy()
+    refit_kernels.refit_block(
+        array(gradient), codes.numpy(), array(H), levels, shape.based, _limits(shape), *outputs
     )
-    if shape.steps is None:
-        return replace(scales, d=fields[4], dmin=-fields[5] if shape.based else scales.dmin), moves
-    return replace(scales, steps=fields[2], drops=fields[3]), moves
+    return _changed(scales, fields), moves
+
+
+def search_beside(goal: torch.Tensor, scales: BlockScales, step: BlockStep, tries: int) -> BlockScales:
+    """Return scales that round each sub-block better, if it is rounded for itself.
+
+    `goal`, f32 (N, w), is what is rounded. Each sub-block is judged by its own part of S_b, as
+    quantize/solver/scales.py judges groups, on `tries` grids, the first of which is the one it has: 19 at the
+    most where there are minima, else 7.
+    """
+    shape, fields = scales.shape, _fields(scales)
+    order, feedback, weights = step.subs[shape.sub]
+    beside = _beside(shape, tries)
+    middle, limits = np.float32(shape.middle), _limits(shape)
+    factors = order.numpy(), feedback.numpy(), weights.numpy()
+    outputs = beside, fields.numpy()
+    search_kernels.search_block(
+        goal.numpy(), *factors, *_levels(shape), middle, shape.based, limits, *outputs
+    )
+    return _changed(scales, fields)
+
+
+def _levels(shape: BlockShape) -> tuple[Floats, Floats]:
+    """Return the levels and, of uneven ones, the middles between them."""
+    levels = shape.levels()
+    middles = (levels[1:] + levels[:-1]) / 2 if shape.uneven else levels[:0]
+    return array(levels), array(middles)
+
+
+def _beside(shape: BlockShape, tries: int) -> Floats:
+    """Return what each try adds to step and drop, f32 (C, 2): the likeliest first, after nothing."""
+    unit = max(1, (shape.steps or (0, 0))[1] // 31)
+    ways = _WAYS if shape.based else _WAYS_OF_STEPS
+    found = [(0, 0)] + [(far * unit * x, far * unit * y) for far in (1, 2, 3) for x, y in ways]
+    return np.array(found[:tries], np.float32)
+
+
+def _fields(scales: BlockScales) -> torch.Tensor:
+    """Return d, dmin, step, drop, scale and base of each sub-block, f32 (6, N, G)."""
+    grid = scales.grid()
+    return torch.stack([*scales.units(), scales.steps, scales.drops, grid.scale, grid.base])
+
+
+def _limits(shape: BlockShape) -> Floats:
+    low, high = shape.steps or (1, 1)
+    return np.array([low, high, shape.drop, shape.steps is None], np.float32)
+
+
+def _changed(scales: BlockScales, fields: torch.Tensor) -> BlockScales:
+    if scales.shape.steps is None:
+        return replace(scales, d=fields[4], dmin=-fields[5] if scales.shape.based else scales.dmin)
+    return replace(scales, steps=fields[2], drops=fields[3])
+
+
+def _pair(scales: BlockScales) -> tuple[Floats, Floats]:
+    """Return scale and base of each sub-block, f32 (N, G)."""
+    grid = scales.grid()
+    return array(grid.scale), array(grid.base)
 
 
 def _misses(W: torch.Tensor, part: _Part) -> torch.Tensor:
     """Return W - Ŵ, f32 (N, w)."""
-    out, grid = torch.empty_like(W), part.scales.grid()
-    levels = array(grid.levels)
-    block_kernels.misses(
-        W.numpy(), part.codes.numpy(), array(grid.scale), array(grid.base), levels, out.numpy()
-    )
+    out, levels = torch.empty_like(W), array(part.scales.shape.levels())
+    block_kernels.misses(W.numpy(), part.codes.numpy(), *_pair(part.scales), levels, out.numpy())
     return out

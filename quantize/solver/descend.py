@@ -55,32 +55,18 @@ def descend(
     `in_place`). The loss of no row rises, up to the rounding of f32. No block goes across one of the columns
     `cuts`.
     """
+    codes = codes.clone()
     for _ in range(passes):
         # Computed anew for each pass: the updates' rounding cannot add up.
-        codes = move_codes(linear(W.float() - grid.values(codes), H), codes, H, grid, block, cuts)
-    return codes
-
-
-def move_codes(
-    gradient: torch.Tensor,
-    codes: torch.Tensor,
-    H: torch.Tensor,
-    grid: Columns,
-    block: int = BLOCK,
-    cuts: Sequence[int] = (),
-) -> torch.Tensor:
-    """Return better codes, uint8 (N, K): one pass of `descend`, for the gradient (W - Ŵ) H, f32 (N, K).
-
-    The gradient is changed to that of the better codes.
-    """
-    codes = codes.clone()
-    for start, end in _blocks(codes.shape[1], block, cuts):
-        places, part = torch.arange(start, end, device=codes.device), H[start:end]
-        moved, moves = _move_block(
-            gradient[:, start:end], part[:, start:end], grid.columns(places), codes[:, start:end]
-        )
-        codes[:, start:end] = moved
-        gradient -= linear(moves, part.T.contiguous())
+        gradient = linear(W.float() - grid.values(codes), H)
+        for start, end in _blocks(W.shape[1], block, cuts):
+            places = torch.arange(start, end, device=W.device)
+            part = H[start:end]
+            moved, moves = _move_block(
+                gradient[:, start:end], part[:, start:end], grid.columns(places), codes[:, start:end]
+            )
+            codes[:, start:end] = moved
+            gradient -= linear(moves, part.T.contiguous())
     return codes
 
 

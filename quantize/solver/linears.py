@@ -35,7 +35,7 @@ class Settings:
     falling diagonal of H, and g_idx says so; without, they are plain, and `order` is only that of rounding.
     `damp` is the share of H's mean diagonal that is added to it: it keeps the rounding from fitting the noise
     of a short calibration text. `signed_scales` lets a symmetric group's scale be negative, which is worth
-    a tenth of the error; whoever turns it on vouches for a reader that multiplies by it as it is.
+    a tenth of the error: its one level more lies where it is needed. Readers multiply by a scale as it is.
     """
 
     bits: int = 4
@@ -45,7 +45,7 @@ class Settings:
     order: Order = "group"
     effort: Effort = "default"
     damp: float = 0.05
-    signed_scales: bool = False
+    signed_scales: bool = True
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,16 @@ def cached(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
     return loaded
 
 
+Read = Callable[[Path], ReferenceModel]
+"""Opens a file, or a file of a folder, as a model."""
+
+
+def read_gguf(path: Path) -> ReferenceModel:
+    """Open a GGUF as a model."""
+    file = open_gguf(path)
+    return ReferenceModel(file.config, file.weights)
+
+
 class Reference:
     """A checkpoint's final states over fixed rows, and the KL divergence of files to it."""
 
@@ -57,22 +67,27 @@ class Reference:
         self.lengths = [len(row) for row in self.rows]
         self.states = cached(cache / f"{self.key}.states", lambda: torch.cat(self.model.hidden(self.rows)))
 
-    def divergences(self, paths: Sequence[Path]) -> list[torch.Tensor]:
-        """Return KL(checkpoint || file) in nats, f32 (tokens,), of each GGUF's weights at every position.
+    def divergences(self, paths: Sequence[Path], read: Read = read_gguf) -> list[torch.Tensor]:
+        """Return KL(checkpoint || file) in nats, f32 (tokens,), of each file's weights at every position.
 
-        The checkpoint's logits are made once for all files that are not in the cache yet.
+        `read` makes of a path what the file means; GGUFs are read by default. The checkpoint's logits are
+        made once for all files that are not in the cache yet.
         """
         places = [self.cache / f"{self.key}-{digest(path)}.kl" for path in paths]
         missing = [(path, place) for path, place in zip(paths, places, strict=True) if not place.exists()]
         if missing:
-            found = self._measure([path for path, _ in missing])
+            found = self._measure([read(path) for path, _ in missing])
             for (_, place), divergence in zip(missing, found, strict=True):
                 cached(place, lambda divergence=divergence: divergence)  # type: ignore[misc]
         return [torch.load(place, weights_only=True) for place in places]
 
+    def divergence(self, model: ReferenceModel) -> torch.Tensor:
+        """Return KL(checkpoint || model) in nats, f32 (tokens,), at every position; nothing is cached."""
+        return self._measure([model])[0]
+
     @torch.inference_mode()
-    def _measure(self, paths: Sequence[Path]) -> list[torch.Tensor]:
-        others = [self._other(path) for path in paths]
+    def _measure(self, models: Sequence[ReferenceModel]) -> list[torch.Tensor]:
+        others = [(model, torch.cat(model.hidden(self.rows))) for model in models]
         parts: list[list[torch.Tensor]] = [[] for _ in others]
         for start, end in chunks(len(self.states), POSITIONS):
             log_p = torch.log_softmax(self.model.logits(self.states[start:end]), dim=-1)
@@ -81,11 +96,6 @@ class Reference:
                 log_q = torch.log_softmax(model.logits(states[start:end]), dim=-1)
                 kept.append((p * (log_p - log_q)).sum(-1))
         return [torch.cat(kept) for kept in parts]
-
-    def _other(self, path: Path) -> tuple[ReferenceModel, torch.Tensor]:
-        file = open_gguf(path)
-        model = ReferenceModel(file.config, file.weights)
-        return model, torch.cat(model.hidden(self.rows))
 
     def by_row(self, divergence: torch.Tensor) -> torch.Tensor:
         """Return each row's mean, f64 (rows,): what the bootstrap draws from."""

@@ -100,7 +100,7 @@ def test_a_dry_run_says_what_is_missing(model: Model, tmp_path: Path, run: Run) 
     assert done.code == 0, done.err
     assert "nothing is measured yet: sizes are as the budget says, layouts will be others" in done.out
     done = run(*common, "--measurement", model.file, "--stats", model.archive.folder)
-    assert "predicted share of the outputs' energy lost" in done.out
+    assert "predicted KL divergence of these linears, roughly:" in done.out
     assert "by the budget, predicted error" in done.out.replace("\n", " ")
     assert not (tmp_path / "out").exists()
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from converters.exl2_measurement import (
     decoder_linears,
     from_document,
     layouts_of,
+    linear_kind,
     measurement_key,
     read_measurement,
 )
@@ -23,6 +25,7 @@ from converters.targets.exl2_types import choose
 from quantize.errors import UsageError
 from quantize.layout_errors import LayoutError, Prediction, predict
 from quantize.layouts import Layout
+from quantize.type_errors import SENSITIVITY
 from tests.converters.exl2_model import Model
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -119,6 +122,32 @@ def test_another_measurement_is_refused(model: Model, tmp_path: Path, edit: Edit
     with pytest.raises(UsageError) as caught:
         read_measurement(file, model.checkpoint.config, measurement_key(model.archive))
     assert message in str(caught.value)
+
+
+def test_exllamav2_can_read_ours(model: Model, tmp_path: Path) -> None:
+    """What is for it, alone, reads as its own, each way dearer and better than the one before."""
+    document = {key: model.measurement.document[key] for key in ("measurement", "last_module_idx")}
+    assert document["last_module_idx"] == 4
+    theirs = read_theirs(model, tmp_path, document)
+    for slot, linears in zip(theirs.slots, (4, 3), strict=True):
+        assert len(slot) > 10
+        assert all(len(way.layouts) == linears for way in slot)
+        assert all(one.bits < other.bits and one.error > other.error for one, other in pairwise(slot))
+    # The same linears, chosen for one by one: never worse than a choice for whole modules.
+    config, bits = model.checkpoint.config, Fraction("3.5")
+    errors = {
+        (name, choice.layouts[name]): choice.error
+        for slot in model.measurement.slots
+        for choice in slot
+        for name in choice.layouts
+    }
+    whole = choose(config, theirs, bits, 6).layouts
+    single = choose(config, model.measurement, bits, 6).layouts
+    of_whole, of_single = (
+        sum(SENSITIVITY[linear_kind(n)] * errors[n, layouts[n]] for n in decoder_linears(config))
+        for layouts in (whole, single)
+    )
+    assert of_single <= of_whole < 2 * of_single
 
 
 def exllamav2s(model: Model) -> dict[str, Any]:

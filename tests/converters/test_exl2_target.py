@@ -29,6 +29,7 @@ from quantize.llama import HEAD
 from quantize.solver.exl2 import quantize_exl2
 from tests.converters.exl2_model import Model
 from tests.quantize.exl2_reader import read
+from tests.quantize.exl2_runtime import VARIABLE, Runtime
 
 SIZE = Request("exl2", "3.5")
 UP = "model.layers.0.mlp.up_proj"
@@ -100,7 +101,7 @@ def test_more_bits_lose_less(model: Model) -> None:
     config = model.checkpoint.config
     sizes = [Fraction(bits) for bits in ("2.7", "3.5", "4.25", "5.5", "8")]
     found = [choose(config, model.measurement, bits, 6) for bits in sizes]
-    assert all(one.mean_error > other.mean_error > 0 for one, other in pairwise(found))
+    assert all(one.loss > other.loss > 0 for one, other in pairwise(found))
     assert all(one.bits <= budget_of(config, bits) for one, bits in zip(found, sizes, strict=True))
 
 
@@ -186,11 +187,28 @@ def test_weights_that_are_not_finite_are_refused(model: Model, tmp_path: Path) -
     assert not list((tmp_path / "out").glob("*"))
 
 
+def exllamav2() -> Path:
+    package = os.environ.get(VARIABLE)
+    if not package:
+        pytest.skip(f"{VARIABLE} names no package of ExLlamaV2 (scripts/exllamav2_sources fetches it)")
+    return Path(package)
+
+
+def test_exllamav2s_own_code_sees_the_same_weights(written: Written, tmp_path: Path) -> None:
+    """Its loader and its dequantization, compiled for the CPU, over every linear of the folder."""
+    package = exllamav2()
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile ExLlamaV2's kernels with")
+    runtime, folder = Runtime(package, tmp_path), open_exl2(written.place)
+    assert len(folder.weights.groups) == 8
+    for name in folder.weights.groups:
+        theirs = runtime.weights(linear_of(folder.weights.stored, name))
+        ours = folder.weights.load(name)
+        assert torch.equal(theirs[: len(ours)].float(), ours), name
+
+
 def test_exllamav2s_own_config_reader_takes_the_folder(written: Written) -> None:
     """Its CUDA extension is stood in for by an empty module: the reader is plain Python."""
-    package = os.environ.get("DSCQ_EXLLAMAV2")
-    if not package:
-        pytest.skip("DSCQ_EXLLAMAV2 names no package of ExLlamaV2 (scripts/exllamav2_sources fetches it)")
     code = (
         "import json, sys, types; sys.modules['exllamav2_ext'] = types.ModuleType('exllamav2_ext'); "
         "sys.path.insert(0, sys.argv[1]); from exllamav2.config import ExLlamaV2Config; "
@@ -198,7 +216,10 @@ def test_exllamav2s_own_config_reader_takes_the_folder(written: Written) -> None
         "c.max_seq_len, c.bos_token_id, c.eos_token_id, sorted(c.tensor_file_map)]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, package, written.place], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, exllamav2().parent, written.place],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     *figures, names = json.loads(done.stdout.splitlines()[-1])
     assert figures == [100000.0, 4.0, 16384, 2213, 2221]

@@ -179,6 +179,17 @@ def test_overrides_are_rules_for_the_readers(
         plan_exports(checkpoint, [G32], ConvertOptions(tmp_path, module_bits=(("head", "8bit-32g"),)))
 
 
+def test_gpus_that_cannot_share_a_model_are_refused_before_the_work(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        PlanError, match=r"--tp 4: down_proj: 640 / 4 = 160 columns are no multiple of the group"
+    ):
+        plan_exports(checkpoint, [Request("gptq", "4bit-64g")], ConvertOptions(tmp_path, tensor_parallel=4))
+    (plan,) = plan_exports(checkpoint, [G32], ConvertOptions(tmp_path, tensor_parallel=2))
+    assert ("vLLM gptq", "loads") in [reader[:2] for reader in plan.readers]
+
+
 def test_without_hessians_there_is_no_gptq(checkpoint: Checkpoint, archive: Archive, tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="needs a statistics archive"):
         convert(checkpoint, [G32], ConvertOptions(tmp_path))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from quantize.fidelity import check_blocks, check_exact
+from quantize.fidelity import check_blocks, check_exact, mean_shift
 
 N, K = 256, 512
 
@@ -215,3 +215,17 @@ def test_a_flipped_norm_is_found() -> None:
     wrong = gains.clone()
     wrong[10] *= -1
     assert check_exact(gains, wrong, torch.float32).n_outliers == 1
+
+
+def test_a_grid_that_is_one_step_off_shows_in_the_mean() -> None:
+    """Scales of either sign; a group without a scale says nothing. In chunks as all at once."""
+    drawn = generator(0)
+    steps = torch.randn(3000, 64, generator=drawn)
+    source = torch.randn(3000, 64, generator=drawn)
+    rounded = (source / steps).round() * steps
+    steps[:, :8] = 0
+    assert abs(mean_shift(source, rounded, steps)) < 0.005
+    assert mean_shift(source, rounded - steps, steps) == pytest.approx(-1, abs=0.005)
+    expected = ((rounded - source)[:, 8:] / steps[:, 8:]).double().mean()
+    assert mean_shift(source, rounded, steps) == pytest.approx(float(expected), abs=1e-6)
+    assert mean_shift(source, rounded, steps * 0) == 0

@@ -175,15 +175,17 @@ def test_the_shifted_target_leaves_dead_columns_and_refuses_nonsense() -> None:
         shifted_target(W, H - 5 * torch.ones(8, 8), C)
 
 
-def test_least_loss_over_all_scales_and_codes_is_not_beaten() -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_least_loss_over_all_scales_and_codes_is_not_beaten(signed: bool) -> None:
     """Three columns, 2 bits, every code and the best real scale for it: a bound for any grid of one group."""
     W, H = problem(60, 3, seed=7)
-    result = one(W, H, Settings(2, 3, effort="high", damp=0.0))
+    result = one(W, H, Settings(2, 3, effort="high", damp=0.0, signed_scales=signed))
     bound = torch.full((60,), float("inf"))
     for codes in itertools.product(range(4), repeat=3):
         shape = torch.tensor(codes, dtype=torch.float32) - 2
         curvature = float(shape @ H @ shape)
-        gain = (W @ H @ shape).clamp(min=0).square() / curvature if curvature else torch.zeros(60)
+        slope = W @ H @ shape if signed else (W @ H @ shape).clamp(min=0)
+        gain = slope.square() / curvature if curvature else torch.zeros(60)
         bound = torch.minimum(bound, loss(W, torch.zeros_like(W), H) - gain)
     reached = loss(W, result.weights(), H)
     assert bool((reached >= bound - 1e-3 * loss(W, torch.zeros_like(W), H)).all())

@@ -1,7 +1,7 @@
 """Compile Python functions to machine code on their first call, and keep the code on disk.
 
 Numba's own cache looks only at the file of the function itself; code that was inlined from another module
-of this package would go stale unnoticed. So the key of the cache holds a digest of the package's sources.
+would go stale unnoticed. So the key of the cache holds a digest of this package's and the solver's sources.
 The files lie beside the modules, or in the user's cache folder where that is read-only.
 """
 
@@ -19,7 +19,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @cache
 def _sources_digest() -> str:
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    here = Path(__file__).parent
+    sources = [*sorted(here.glob("*.py")), *sorted(here.parents[1].glob("solver/*kernels.py"))]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
@@ -31,6 +32,13 @@ class _PackageCache(FunctionCache):  # type: ignore[misc]  # numba has no types
 def native(function: Function) -> Function:
     """Compile a function on its first call, with C's division, and let other threads run meanwhile."""
     dispatcher = njit(nogil=True, error_model="numpy")(function)
+    dispatcher._cache = _PackageCache(function)
+    return cast(Function, dispatcher)
+
+
+def fused(function: Function) -> Function:
+    """Do what `native` does, and let a product and a sum be one operation: for what has no bits to match."""
+    dispatcher = njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
     dispatcher._cache = _PackageCache(function)
     return cast(Function, dispatcher)
 

@@ -1,0 +1,178 @@
+"""`dscq plan`: which size loses how much, and the types of one size as a file.
+
+The choices are the options of `converters.cli` word for word. Everything heavy is imported inside, so that
+`--help` stays quick.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.choices import OpenChoices, opened
+from converters.terminal import Terminal
+from quantize.errors import UsageError
+
+if TYPE_CHECKING:
+    from converters.checkpoint import Checkpoint
+    from converters.curve import Point
+    from converters.plan import ConvertOptions, Plan, Request
+    from converters.runtime_memory import Runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanChoices(OpenChoices):
+    """The options of `dscq plan`."""
+
+    source: str
+    stats: Path
+    target: str | None
+    output: Path | None
+    curve: bool
+    plot: Path | None
+    force: bool
+    ctx: int | None
+    cache: str | None
+    reserve: int | None
+    tensor_types: tuple[str, ...]
+    output_tensor_type: str | None
+    token_embedding_type: str | None
+
+
+def plan(terminal: Terminal, choices: PlanChoices) -> None:
+    """Predict losses, or read them; then show the curve, and plan one size."""
+    from converters.plan import Request
+    from converters.targets import parse_request
+
+    request = parse_request(choices.target) if choices.target is not None else None
+    _check(choices, request)
+    checkpoint, options = _opened(terminal, choices)
+    options = with_losses(terminal, checkpoint, options)
+    document: dict[str, object] = {}
+    if choices.curve:
+        document["curve"] = [asdict(point) for point in _curve(terminal, checkpoint, options, choices)]
+    if isinstance(request, Request):
+        document["plan"] = _one(terminal, checkpoint, request, options, choices.output)
+    terminal.document(document)
+
+
+def with_losses(
+    terminal: Terminal, checkpoint: "Checkpoint", options: "ConvertOptions", *, measure: bool = True
+) -> "ConvertOptions":
+    """Return the options with predicted losses: those of an earlier plan, or new ones if they may be made."""
+    from converters.type_losses import kept_losses, measured_losses
+
+    kept = kept_losses(options)
+    if kept is not None or not measure:
+        return replace(options, losses=kept)
+    with terminal.stages("matrices") as report:
+        found = measured_losses(checkpoint, options, lambda done, total: report("losses", done, total))
+    return replace(options, losses=found)
+
+
+def runtime(ctx: int | None, cache: str | None, reserve: int | None) -> "Runtime":
+    """Return what `fit=` leaves room for, defaults where nothing was said."""
+    from converters.runtime_memory import Runtime
+
+    default = Runtime()
+    return Runtime(ctx or default.context, cache or default.cache, reserve or default.reserve)
+
+
+def refuse_idle_runtime(
+    ctx: int | None, cache: str | None, reserve: int | None, requests: Sequence["Request"]
+) -> None:
+    """Raise UsageError for options of the memory where no request asks for a fit."""
+    given = {"--ctx": ctx, "--cache": cache, "--reserve": reserve}
+    idle = [name for name, value in given.items() if value is not None]
+    if idle and not any(request.quant.startswith("fit=") for request in requests):
+        raise UsageError(f"{', '.join(idle)}: only for gguf:fit=, which is not asked for")
+
+
+def _check(choices: PlanChoices, request: "Request | None") -> None:
+    from converters.calibration import check_free
+    from converters.stats.look import check_plot
+
+    if request is None and not choices.curve:
+        raise UsageError("there is nothing to plan", hint="give --to gguf:bpw=3.5, or --curve")
+    if request is not None and request.format != "gguf":
+        raise UsageError(f"--to {request}: only GGUF has types to plan", hint="for example gguf:bpw=3.5")
+    if choices.output is not None and request is None:
+        raise UsageError("-o: only with --to, which says what to plan")
+    if choices.plot is not None:
+        if not choices.curve:
+            raise UsageError("--plot draws the curve", hint="give --curve too")
+        check_plot(choices.plot)
+    refuse_idle_runtime(choices.ctx, choices.cache, choices.reserve, [] if request is None else [request])
+    for path in filter(None, (choices.output, choices.plot)):
+        check_free(path, force=choices.force)
+
+
+def _opened(terminal: Terminal, choices: PlanChoices) -> "tuple[Checkpoint, ConvertOptions]":
+    """Return the checkpoint, and the options of a conversion with its statistics."""
+    from converters.hessians import check_hessians
+    from converters.plan import ConvertOptions
+    from converters.stats.archive import open_archive
+    from converters.targets.gguf_types import written_type
+    from converters.targets.overrides import parse_overrides
+
+    output, embedding = choices.output_tensor_type, choices.token_embedding_type
+    options = ConvertOptions(
+        folder=Path(),
+        n_threads=choices.n_threads,
+        tensor_types=parse_overrides(choices.tensor_types, {"gguf"})[0],
+        output_tensor_type=output and written_type(output, "--output-tensor-type"),
+        token_embedding_type=embedding and written_type(embedding, "--token-embedding-type"),
+        runtime=runtime(choices.ctx, choices.cache, choices.reserve),
+    )
+    checkpoint = opened(terminal, choices, choices.source)
+    archive = open_archive(choices.stats)
+    archive.check_model(checkpoint)
+    check_hessians(archive)
+    return checkpoint, replace(options, archive=archive, compensate=True, importances=archive.importances())
+
+
+def _curve(
+    terminal: Terminal, checkpoint: "Checkpoint", options: "ConvertOptions", choices: PlanChoices
+) -> "list[Point]":
+    from converters import curve
+
+    points = curve.curve(checkpoint, options)
+    terminal.table("size against predicted KL divergence", curve.COLUMNS, [point.cells() for point in points])
+    if choices.plot is not None:
+        curve.plot(points, choices.plot)
+        terminal.result(f"wrote {choices.plot}")
+    return points
+
+
+def _one(
+    terminal: Terminal,
+    checkpoint: "Checkpoint",
+    request: "Request",
+    options: "ConvertOptions",
+    output: Path | None,
+) -> dict[str, object]:
+    """Show what a request's tensors become, and write it down if there is a place for it."""
+    from converters.pipeline import plan_exports
+    from converters.plan_file import write_plan
+    from converters.targets.gguf import gguf_types
+    from converters.targets.gguf_budget import predicted_loss
+
+    (made,) = plan_exports(checkpoint, [request], options)
+    nats = predicted_loss(gguf_types(checkpoint, request, options))
+    rows = [
+        (tensor.written_name, tensor.quant, f"{tensor.bits_per_weight:.4g}", f"{tensor.n_bytes:,}")
+        for tensor in made.tensors
+        if len(tensor.shape) > 1
+    ]
+    terminal.table(f"{request}: {made.n_bytes:,} bytes", ("tensor", "type", ">bits", ">bytes"), rows)
+    for note in made.notes:
+        terminal.result(f"{request}: {note}")
+    if output is not None:
+        write_plan(output, checkpoint.provenance.name, made, nats)
+        terminal.result(f"wrote {output}")
+    return _document(made, nats)
+
+
+def _document(made: "Plan", nats: float | None) -> dict[str, object]:
+    types = {tensor.written_name: tensor.quant for tensor in made.tensors if len(tensor.shape) > 1}
+    return {"request": str(made.request), "bytes": made.n_bytes, "predicted_kl": nats, "types": types}

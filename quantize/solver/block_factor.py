@@ -1,0 +1,112 @@
+"""A Hessian factored by blocks of 256 columns, for quantize/solver/blocks.py, which says what for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from quantize.errors import UsageError
+from quantize.products import linear
+from quantize.solver.descend import in_place
+from quantize.solver.factor import Factor, prepare
+
+WIDTH = 256
+"""Columns that are solved together: a super-block."""
+_SMALLEST = 32
+_DEAD = 1e-3  # of the mean diagonal: what a column weighs that never has an input
+
+SubFactors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of each of G sub-blocks of n columns: their order, int64 (G, n), Ũᵀ, f32 (G, n, n), and D, f32 (G, n)."""
+
+
+@dataclass(frozen=True)
+class BlockStep:
+    """One block of the walk: columns start..start + w of H.
+
+    `hessian` is S_b, f32 (w, w); `local` its factor in the order of activation; `feedback` M_bcᵀ, f32
+    (K - end, w), for all columns c to come in the order of the walk; `subs` has the factors of its sub-blocks
+    of 16 and of 32.
+    """
+
+    start: int
+    hessian: torch.Tensor
+    local: SubFactors
+    feedback: torch.Tensor
+    subs: Mapping[int, SubFactors]
+
+
+@dataclass(frozen=True)
+class BlockFactor:
+    """H made ready for rounding to blocks.
+
+    `hessian`, f32 (K, K), is damped and in the order of the columns; `importance`, f32 (K,), H's diagonal,
+    nowhere zero; `steps` is the walk, and `log` has one line for every attempt to factor that failed.
+    """
+
+    hessian: torch.Tensor
+    importance: torch.Tensor
+    steps: tuple[BlockStep, ...]
+    log: tuple[str, ...]
+
+
+def prepare_blocks(H: torch.Tensor, *, damp: float = 0.05, name: str = "") -> BlockFactor:
+    """Factor a Hessian f32 (K, K) by blocks of 256 columns, for all linears that share its input.
+
+    Raises what `prepare` raises: HessianError where H cannot be factored, UsageError for a wrong damping, or
+    for a K that is no multiple of 32.
+    """
+    if H.ndim == 2 and H.shape[0] % _SMALLEST:
+        found = f"{name or 'the Hessian'}: {H.shape[0]} columns"
+        raise UsageError(f"{found}, but blocks have a multiple of {_SMALLEST}")
+    factor = prepare(H, damp=damp, order="group", group_size=WIDTH, name=name)
+    damped = in_place(factor.hessian, factor.order)
+    importance = H.diagonal().clamp(min=0).float()
+    live = importance[~factor.dead]
+    mean = float(live.mean()) if len(live) else 1.0
+    damped.diagonal()[factor.dead] = _DEAD * mean
+    return BlockFactor(damped, importance.clamp(min=_DEAD * mean), _walk(factor, _DEAD * mean), factor.log)
+
+
+def _walk(factor: Factor, dead: float) -> tuple[BlockStep, ...]:
+    """Return the blocks in the order of rounding; columns without an input weigh `dead`."""
+    bounds = _bounds(factor.order)
+    upper, later = factor.feedback, factor.feedback.clone()
+    inside = [torch.argsort(factor.order[start:end]) for start, end in bounds]
+    for start, end in bounds[1:]:
+        later[:start, start:end] = torch.linalg.solve_triangular(
+            upper[start:end, start:end], upper[:start, start:end], upper=True, left=False, unitriangular=True
+        )
+    # Inside a block the columns come as they lie: M and S do not depend on their order.
+    place = torch.cat([start + nat for (start, _), nat in zip(bounds, inside, strict=True)])
+    later = later[place][:, place]
+    steps = []
+    for (start, end), nat in zip(bounds, inside, strict=True):
+        part = upper[start:end, start:end]
+        S = linear(part * factor.weights[start:end], part.contiguous())[nat][:, nat].contiguous()
+        first = int(factor.order[start]) // WIDTH * WIDTH
+        S.diagonal()[factor.dead[first : first + end - start]] = dead
+        order, feedback, weights = (part[0] for part in _sub_factors(S, len(S)))
+        local = order, feedback, weights
+        subs = {n: _sub_factors(S, n) for n in (16, 32)}
+        steps.append(BlockStep(first, S, local, later[start:end, end:].T.contiguous(), subs))
+    return tuple(steps)
+
+
+def _sub_factors(S: torch.Tensor, n: int) -> SubFactors:
+    """Factor the blocks of n columns on S's diagonal."""
+    groups = torch.arange(len(S)).reshape(-1, n)
+    parts = S[groups[:, :, None], groups[:, None, :]]
+    inside = torch.argsort(torch.diagonal(parts, dim1=1, dim2=2), dim=1, descending=True, stable=True)
+    order = groups.gather(1, inside)
+    # f64: S is what a damped H leaves, positive definite but for the rounding of its own f32.
+    lower = torch.linalg.cholesky(S.double()[order[:, :, None], order[:, None, :]].flip(1, 2)).flip(1, 2)
+    diagonal = torch.diagonal(lower, dim1=1, dim2=2)
+    feedback = (lower / diagonal[:, None, :]).mT.float().contiguous()
+    return order, feedback, diagonal.square().float()
+
+
+def _bounds(order: torch.Tensor) -> list[tuple[int, int]]:
+    """Return where in the order of rounding each block of columns begins and ends."""
+    blocks = order // WIDTH
+    changes = ((blocks[1:] != blocks[:-1]).nonzero()[:, 0] + 1).tolist()
+    return list(zip([0, *changes], [*changes, len(order)], strict=True))
