@@ -8,9 +8,9 @@ It is gathered once for a model and an archive (`converters.exl2_measure`) and s
               group size, share] and `error` is the predicted tr(E H Eᵀ) / tr(W H Wᵀ)
     measurement, last_module_idx           the same for ExLlamaV2's converter (`converters.exl2_modules`)
 
-A file that has these alone is ExLlamaV2's own, and is read as well. It chooses for a whole attention or MLP, so
-there several linears are one slot; its numbers are 1 - accuracy, a relative error whose square is such a share
-of energy.
+A file that has these alone is ExLlamaV2's own, and is read as well. It chooses for a whole attention or MLP,
+so there several linears are one slot; its numbers are 1 - accuracy, a relative error whose square is such a
+share of energy.
 """
 
 import hashlib
