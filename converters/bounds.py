@@ -113,6 +113,18 @@ GPTQ_BOUNDS = {
 }
 _GPTQ = re.compile(r"GPTQ-(\d+)bit-\w+")
 
+# EXL2's linears by their narrowest codes. Its grid is GPTQ's in groups of 32 to 128 inputs; the rows of 5 and
+# 6 bits are those of Q5_0 and Q6_K, which have the same steps.
+EXL2_BOUNDS = {
+    8: TypeBound(0.06, 0.02, 0.02),
+    6: TypeBound(0.15, 0.1, 0.02),
+    5: TypeBound(0.3, 0.5, 0.02),
+    4: TypeBound(0.8, 3.0, 0.02),
+    3: TypeBound(1.2, 7.0, 0.02),
+    2: TypeBound(1.3, 7.0, 0.02),
+}
+_EXL2 = re.compile(r"EXL2-(?:\d/)*(\d)bit")
+
 READER_KL = {"torch.float32": 1e-6, "torch.float16": 0.005, "torch.bfloat16": 0.02}
 """Bounds of a GPTQ reader to the reference forward by the dtype in which it computes. Measured on a 135M
 model in 4 bits: f32 3e-11, f16 3.6e-4, bf16 1.5e-3; on the embedded one f32 3e-12, f16 6e-5. f16 and
@@ -128,6 +140,8 @@ def bound_of(quant: str) -> TypeBound:
     """Return a type's row; raises UsageError for a type that has none, listing those that do."""
     if (named := _GPTQ.fullmatch(quant)) and int(named[1]) in GPTQ_BOUNDS:
         return GPTQ_BOUNDS[int(named[1])]
+    if (named := _EXL2.fullmatch(quant)) and int(named[1]) in EXL2_BOUNDS:
+        return EXL2_BOUNDS[int(named[1])]
     if quant not in BOUNDS:
         raise UsageError(f"no bounds for quant type {quant!r}", hint=f"known: {', '.join(BOUNDS)}")
     return BOUNDS[quant]

@@ -63,7 +63,7 @@ def dscq() -> None:
     "targets",
     multiple=True,
     metavar="FORMAT:QUANT",
-    help="Repeatable: gguf:Q4_K_M, gguf:bpw=3.5, gguf:size=4.1GB, gguf:fit=8GiB, gptq:4bit-128g.",
+    help="Repeatable: gguf:Q4_K_M, gguf:bpw=3.5, gguf:size=4.1GB, gguf:fit=8GiB, gptq:4bit-128g, exl2:4.25.",
     shell_complete=known_targets,
 )
 @click.option(
@@ -94,6 +94,7 @@ def convert(quiet: bool, as_json: bool, **chosen: Any) -> None:
       dscq convert ./model --to gguf:Q3_K_M --to gguf:IQ2_XS --stats stats/
       dscq convert ./model --to gguf:fit=8GiB --ctx 16384 --cache q8_0 --stats stats/
       dscq convert ./model --to gptq:4bit-128g --to gptq:3bit-64g,desc_act --stats stats/ --tp 2
+      dscq convert ./model --to exl2:4.25 --to exl2:6.0,h8 --stats stats/
     """
     commands.convert(Terminal(quiet, as_json), commands.ConvertChoices(**chosen))
 
@@ -183,7 +184,7 @@ def plan(quiet: bool, as_json: bool, **chosen: Any) -> None:
 @PROOF_OPTIONS
 @OUTPUT_OPTIONS
 def verify(quiet: bool, as_json: bool, **chosen: Any) -> None:
-    """Prove FILE, a GGUF (of a split: its first shard) or a folder of GPTQ weights, against its checkpoint.
+    """Prove FILE, a GGUF (of a split: its first shard) or a GPTQ or EXL2 folder, against its checkpoint.
 
     \b
     Examples:

@@ -46,6 +46,7 @@ class ConvertChoices(SourceChoices):
     calibrate: bool
     rounding: Literal["plain", "weighted", "compensated"] | None
     effort: Literal["fast", "default", "high"] | None
+    measurement: Path | None
     tensor_parallel: int | None
     tensor_types: tuple[str, ...]
     output_tensor_type: str | None
@@ -69,7 +70,7 @@ class VerifyChoices(SourceChoices):
 def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     """Open, plan, write, prove; or, with `--dry-run`, open and plan."""
     from converters.contradictions import refuse_contradictions
-    from converters.measurements import calibrated, expected, will_calibrate
+    from converters.measurements import calibrated, expected, measured, will_calibrate, will_measure
     from converters.pipeline import plan_exports
     from converters.planning import with_losses
     from converters.targets.gguf_budget import is_budget
@@ -90,6 +91,9 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
         verifier = ready_verifier(checkpoint, choices, sorted(kinds, key=lambda kind: kind.name))
     if will_calibrate(choices, requests):
         options = calibrated(terminal, choices, checkpoint, plans, options)
+        plans = plan_exports(checkpoint, requests, options)
+    if will_measure(choices, requests, options):
+        options = measured(terminal, choices, checkpoint, plans, options)
         plans = plan_exports(checkpoint, requests, options)
     if options.archive is not None and any(is_budget(request.quant) for request in requests):
         options = with_losses(terminal, checkpoint, options, measure=not choices.dry_run)
@@ -157,11 +161,11 @@ def _convert_options(choices: ConvertChoices, formats: set[str]) -> "ConvertOpti
 
 def verify(terminal: Terminal, choices: VerifyChoices) -> None:
     """Prove a file that is there; its report goes beside it, and the file stays as it is."""
-    from converters.proof.file import GGUF, GPTQ
+    from converters.proof.file import written_kind
     from converters.prove import check_report_place, prove_file, ready_verifier
 
     report = check_report_place(choices.file, choices.report)
-    kind = GPTQ if choices.file.is_dir() else GGUF
+    kind = written_kind(choices.file)
     verifier = ready_verifier(opened(terminal, choices, choices.reference), choices, [kind])
     prove_file(terminal, verifier, choices.file, report)
 

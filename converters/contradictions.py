@@ -49,7 +49,8 @@ def _refuse_idle(choices: "ConvertChoices", requests: Sequence["Request"]) -> No
         "--llama-lib": choices.llama_lib is not None,
     }
     of_gptq = {"--tp": choices.tensor_parallel is not None}
-    for name, options in {"gguf": of_gguf, "gptq": of_gptq}.items():
+    of_exl2 = {"--measurement": choices.measurement is not None}
+    for name, options in {"gguf": of_gguf, "gptq": of_gptq, "exl2": of_exl2}.items():
         if name not in formats and (idle := _given(options)):
             raise UsageError(f"{', '.join(idle)}: only for {name}:, which is not asked for")
     measured = choices.stats is not None or will_calibrate(choices, requests)

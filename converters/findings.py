@@ -1,4 +1,4 @@
-"""What is wrong with a DeepSeek Coder GGUF, told from its metadata alone, or with a GPTQ folder.
+"""What is wrong with a DeepSeek Coder GGUF, told from its metadata alone, or with a GPTQ or EXL2 folder.
 
 Many files of this family are in circulation that load without a word and answer badly: made before llama.cpp
 knew the pre-tokenizer, or by a converter that lost the RoPE factor or the BOS rule. Each fault has a
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from converters.config import read_json
+from converters.exl2_source import Exl2Folder
 from converters.gptq_config import MAIN, SIDE_FILES
 from converters.gptq_source import GptqFolder
 from converters.vocabulary import TokenType, Vocabulary
@@ -17,6 +18,7 @@ from quantize.llama import LlamaConfig
 
 PRE = "deepseek-coder"
 THETA, FACTOR = 100000.0, 4.0
+_OLD_THETA = 10000.0
 MARKER = "<｜fim▁hole｜>"
 END_OF_TURN = "<|EOT|>"
 CONTROLS = (
@@ -107,6 +109,27 @@ def _config_faults(file: GptqFolder) -> Iterator[str]:
         yield f"{MAIN} has no quantization_config: transformers and vLLM take the folder for unquantized"
     if "desc_act" not in file.quantization.fields:
         yield "the quantization config has no desc_act: vLLM refuses the folder"
+
+
+def exl2_findings(file: Exl2Folder) -> tuple[str, ...]:
+    """Return a sentence for everything that ExLlamaV2 takes otherwise than the folder means it."""
+    family = MARKER in file.vocabulary.tokens and file.config.context_length > 4096
+    rope = _rope_faults(file.config) if family else ()
+    return (*rope, *_exl2_faults(file))
+
+
+def _exl2_faults(file: Exl2Folder) -> Iterator[str]:
+    folder = file.paths[0]
+    config = read_json(folder / MAIN)
+    scaling = config.get("rope_scaling")
+    if config.get("rope_theta") is None and file.config.rope_theta != _OLD_THETA:
+        yield f"{MAIN} has no top-level rope_theta: exllamav2 takes 10000"
+    if file.config.rope_factor != 1 and scaling is None:
+        yield f"{MAIN} has no rope_scaling: exllamav2 does not scale positions"
+    if isinstance(scaling, dict) and {"type", "rope_type"} <= scaling.keys():
+        yield f"{MAIN}: rope_scaling has both type and rope_type: exllamav2 does not load the folder"
+    if (folder / "model.safetensors.index.json").is_file():
+        yield "model.safetensors.index.json: exllamav2 does not read it, it takes all *.safetensors"
 
 
 def _zero_faults(file: GptqFolder) -> Iterator[str]:

@@ -5,6 +5,7 @@ that a conversion would give are its findings; what opens but is known to answer
 Only what cannot be read is an error.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from converters.checkpoint import open_checkpoint
-from converters.findings import gguf_findings, gptq_findings
+from converters.exl2_source import Exl2Folder, open_exl2, stored_names
+from converters.findings import exl2_findings, gguf_findings, gptq_findings
 from converters.gguf_file import GgufHead, read_head
 from converters.gguf_source import GgufFile, open_gguf
 from converters.gptq_config import quantization_of
 from converters.gptq_source import PARTS, GptqFolder, module_of, open_gptq
 from converters.vocabulary import TokenType, Vocabulary
 from quantize.errors import CheckpointError, DscqError, TokenizerError
-from quantize.llama import LlamaConfig
+from quantize.llama import HEAD, LlamaConfig
 
 _SHOWN_ITEMS = 8
 _SHOWN_CHARACTERS = 200
@@ -57,13 +59,15 @@ class Inspection:
 
 
 def inspect_path(path: Path) -> Inspection:
-    """Open a `.gguf` (of a split: its first shard), a GPTQ folder or a checkpoint folder and describe it.
+    """Open a `.gguf` (of a split: its first shard), a GPTQ, EXL2 or checkpoint folder and describe it.
 
     Raises CheckpointError or TokenizerError with all reasons for a checkpoint that cannot be opened, and
     CheckpointError for a GGUF that is truncated or corrupt.
     """
     if path.is_dir() and (quantization_of(path) or {}).get("quant_method") == "gptq":
         return _inspect_gptq(open_gptq(path))
+    if path.is_dir() and (quantization_of(path) or {}).get("quant_method") == "exl2":
+        return _inspect_exl2(open_exl2(path))
     if not path.is_file() or path.suffix.lower() != ".gguf":
         return _inspect_checkpoint(path)
     try:
@@ -103,6 +107,26 @@ def _inspect_gptq(file: GptqFolder) -> Inspection:
         f"{8 * size / file.config.n_parameters:.3f} bits per weight"
     )
     return Inspection(str(file.paths[0]), "GPTQ folder", facts, rows, gptq_findings(file))
+
+
+def _inspect_exl2(file: Exl2Folder) -> Inspection:
+    stored, shapes = file.weights.stored, file.weights.shapes
+    rows = tuple(
+        TensorRow(name, shape, file.tensor_types[name], sum(stored[part].entry.n_bytes for part in parts))
+        for name, shape in shapes.items()
+        for parts in [stored_names(file.weights, name)]
+    )
+    linears = [row for row in rows if ".layers." in row.name and row.name in file.weights.groups]
+    bits = 8 * sum(row.n_bytes for row in linears) / max(sum(math.prod(row.shape) for row in linears), 1)
+    size = sum(path.stat().st_size for path in file.files)
+    facts = model_facts(file.config) | vocabulary_facts(file.vocabulary)
+    facts["quantization"] = f"EXL2, {bits:.4f} bits per weight of the decoder's linears"
+    facts["head"] = file.tensor_types.get(HEAD, "tied to the embedding")
+    facts["files"] = (
+        f"{len(file.files)}, {len(stored)} tensors, {size:,} bytes, "
+        f"{8 * size / file.config.n_parameters:.3f} bits per weight"
+    )
+    return Inspection(str(file.paths[0]), "EXL2 folder", facts, rows, exl2_findings(file))
 
 
 def _stored_bytes(file: GptqFolder, name: str) -> Iterator[int]:

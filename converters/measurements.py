@@ -4,6 +4,7 @@
     --stats        an archive: Hessians, and for types that are not compensated the importances in them
     --calibrate    the archive is made first, on the built-in text, in OUTPUT/stats; so it is where a format
                    needs Hessians and nothing was given
+    --measurement  what EXL2's layouts cost; without it OUTPUT/measurement.json is taken, or made first
 
 An archive that is to be made is expected first: its importances, their numbers aside, are enough to plan and
 to check with, so that what can be refused is refused before the measuring.
@@ -11,14 +12,16 @@ to check with, so that what can be refused is refused before the measuring.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.terminal import Terminal
-from quantize.errors import UsageError
+from quantize.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
     from converters.commands import ConvertChoices
+    from converters.exl2_measurement import Measurement
     from converters.plan import ConvertOptions, Plan, Request
 
 
@@ -40,7 +43,10 @@ def expected(
     if choices.imatrix is not None:
         options = replace(options, importances=read_importances(choices.imatrix, checkpoint.config))
     if choices.stats is not None:
-        return _with_archive(choices, checkpoint, requests, options)
+        options = _with_archive(choices, checkpoint, requests, options)
+    options = _with_measurement(choices, checkpoint, requests, options)
+    if choices.stats is not None:
+        return options
     weighing = choices.rounding != "plain"
     if choices.calibrate and weighing:
         return replace(options, importances=expected_importances(checkpoint))
@@ -92,6 +98,76 @@ def calibrated(
     if weighed and choices.imatrix is None and choices.rounding != "plain":
         return replace(options, importances=archive.importances())
     return options
+
+
+def measured(
+    terminal: Terminal,
+    choices: "ConvertChoices",
+    checkpoint: "Checkpoint",
+    plans: Sequence["Plan"],
+    options: "ConvertOptions",
+) -> "ConvertOptions":
+    """Return the options with what EXL2's layouts cost: read, or measured now and kept in the output."""
+    from converters.exl2_measure import measure
+    from converters.exl2_measurement import NAME
+    from converters.pipeline import check_destination, read_licences
+
+    options = _with_measurement(choices, checkpoint, [plan.request for plan in plans], options)
+    if options.measurement is not None or options.archive is None:
+        return options
+    check_destination(plans, options, checkpoint.source_files)
+    read_licences(checkpoint)
+    path = choices.output / NAME
+    terminal.say(f"measuring: what each layout costs, once for all sizes, in {path}")
+    with terminal.stages("inputs") as report:
+        measurement = measure(
+            options.archive,
+            checkpoint.weights,
+            path,
+            n_threads=options.n_threads,
+            device=options.device,
+            on_progress=report,
+        )
+    return replace(options, measurement=measurement)
+
+
+def will_measure(choices: "ConvertChoices", requests: Sequence["Request"], options: "ConvertOptions") -> bool:
+    """Return whether layouts must be measured first, or a measurement be read that was not there before."""
+    exl2 = any(request.format == "exl2" for request in requests)
+    return exl2 and options.measurement is None and not choices.dry_run
+
+
+def _with_measurement(
+    choices: "ConvertChoices",
+    checkpoint: "Checkpoint",
+    requests: Sequence["Request"],
+    options: "ConvertOptions",
+) -> "ConvertOptions":
+    """Return the options with the measurement that was given, or this archive's in the output."""
+    from converters.exl2_measurement import NAME, measurement_key, read_measurement
+
+    if not any(request.format == "exl2" for request in requests):
+        return options
+    key = None if options.archive is None else measurement_key(options.archive)
+    own, found = choices.output / NAME, None
+    if choices.measurement is not None:
+        found = read_measurement(choices.measurement, checkpoint.config, key)
+    elif key is not None and own.is_file():
+        found = _own_measurement(own, checkpoint, key, force=choices.force)
+    return replace(options, measurement=found)
+
+
+def _own_measurement(path: Path, checkpoint: "Checkpoint", key: str, *, force: bool) -> "Measurement | None":
+    """Return what an earlier run measured; None where another's may be replaced."""
+    from converters.exl2_measurement import read_measurement
+
+    try:
+        return read_measurement(path, checkpoint.config, key)
+    except UsageError as error:
+        if force:
+            return None
+        hint = "write elsewhere with -o, or measure anew with --force"
+        raise OutputError(error.message, reasons=error.reasons, hint=hint) from error
 
 
 def _compensating(choices: "ConvertChoices", options: "ConvertOptions") -> "ConvertOptions":

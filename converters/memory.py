@@ -62,7 +62,9 @@ def _solving(config: LlamaConfig, plans: Sequence[Plan], options: ConvertOptions
     widths = sorted({shape[1] for shape in config.block_shapes().values() if len(shape) > 1})
     # Of each input H as it is and factored; while one is factored, two more of its size.
     squares = 4 * widths[-1] ** 2 + 2 * widths[-2 if len(widths) > 1 else -1] ** 2
-    workers = min(options.n_threads, MAX_WORKERS) * _SOLVED * SLICE_ELEMENTS
+    # A matrix that comes whole is one slice.
+    whole = [t.row_step * t.shape[-1] for plan in plans for t in plan.tensors if t.compensated]
+    workers = min(options.n_threads, MAX_WORKERS) * _SOLVED * max(SLICE_ELEMENTS, *whole)
     return _F32 * squares + workers
 
 

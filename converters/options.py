@@ -75,6 +75,12 @@ TYPE_OPTIONS = options(
         help="How hard the error-compensated rounding tries; default: default.",
     ),
     click.option(
+        "--measurement",
+        type=EXISTING_FILE,
+        help="EXL2: what layouts cost, of an earlier run or of exllamav2; default: OUTPUT/measurement.json, "
+        "which is made first.",
+    ),
+    click.option(
         "--tp",
         "tensor_parallel",
         type=click.IntRange(min=1),

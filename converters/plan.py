@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from converters.disk import PARTIAL
+from converters.exl2_measurement import Measurement
 from converters.imatrix import Importances
 from converters.places import Piece
 from converters.runtime_memory import Runtime
@@ -45,7 +46,8 @@ class ConvertOptions:
 
     `archive` has the Hessians that errors are compensated with, in GGUF if `compensate`; `effort` says how
     hard the solver tries; `module_bits` are (regular expression on a linear's name, bits and group size as
-    8bit-32g), of GPTQ alone; `tensor_parallel` is the number of GPUs that a server will split a matrix over.
+    8bit-32g), of GPTQ alone; `tensor_parallel` is the number of GPUs that a server will split a matrix over;
+    `measurement` says what EXL2's layouts cost.
 
     `losses` are nats by the checkpoint's name of a matrix and by quant type (converters/type_losses.py): what
     a budget is shared out by; `runtime` is what `fit=` leaves room for; `assigned` has the types, by GGUF's
@@ -69,6 +71,7 @@ class ConvertOptions:
     effort: Effort = "default"
     module_bits: tuple[tuple[str, str], ...] = ()
     tensor_parallel: int = 1
+    measurement: Measurement | None = None
     losses: Mapping[str, Mapping[str, float]] | None = None
     runtime: Runtime = field(default_factory=Runtime)
     assigned: Mapping[str, str] | None = None

@@ -31,7 +31,7 @@ _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32
 _BITS |= {"F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 _BITS |= {"F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64}
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-TORCH_DTYPES["I32"] = torch.int32  # packed words of a quantized folder
+TORCH_DTYPES |= {"I32": torch.int32, "I16": torch.int16}  # packed words and tables of a quantized folder
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
     tensors    (a) every tensor against its source, block by block
     forward    (b) its weights in the reference forward against the checkpoint's, f32 arithmetic on both sides
     runtime    (c) llama.cpp's logits at every position, its token ids, its view of the metadata; of a GPTQ
-               folder AutoGPTQ's and GPTQModel's
+               folder AutoGPTQ's and GPTQModel's; ExLlamaV2 runs on CUDA GPUs alone and is not asked
 
 All layers run even if an earlier one fails, so that a lost rope factor and a wrong EOS are both named; only a
 file that does not open ends the proof at once. A fault of the file is a failed check and never an
@@ -24,10 +24,11 @@ import torch
 
 from converters.bounds import FileBound, file_bound
 from converters.checkpoint import Checkpoint
+from converters.exl2_source import Exl2Folder
 from converters.gptq_source import GptqFolder
 from converters.probe import ProbeRows, probe_rows
 from converters.proof.blame import BlamelessWeights, NotTheFileError, not_the_file, one_line
-from converters.proof.file import GGUF, GPTQ, Kind, ModelFile, kind_of
+from converters.proof.file import EXL2, GGUF, GPTQ, Kind, ModelFile, kind_of
 from converters.proof.forward import Side, Sides, compare_forwards, run_forward
 from converters.proof.metadata import compare_config, compare_vocabulary
 from converters.proof.readers import prove_in_readers
@@ -41,7 +42,7 @@ from converters.proof.record import (
     RuntimeState,
     TensorFigures,
 )
-from converters.proof.runtime import Expected, RuntimeProof, prove_in_runtime
+from converters.proof.runtime import Expected, RuntimeProof, prove_in_runtime, without_runtime
 from converters.proof.tensors import prove_tensors
 from converters.runtimes.gptq_readers import find_readers
 from converters.runtimes.llama_cpp import LlamaCpp
@@ -78,13 +79,15 @@ class Verifier:
     def check_runtime(self, kind: Kind = GGUF) -> None:
         """Look for the runtime of a kind, without a model: what can fail early fails before hours of work.
 
-        llama.cpp's library is loaded, the GPTQ readers are looked for. Raises UsageError for a folder without
-        readers, for a `llama_lib` that is no libllama, RuntimeFailedError for an installed runtime
-        that does not load, VerificationError where the runtime is required and missing.
+        llama.cpp's library is loaded, the GPTQ readers are looked for, ExLlamaV2 is always missing. Raises
+        UsageError for a folder without readers, for a `llama_lib` that is no libllama, RuntimeFailedError for
+        an installed runtime that does not load, VerificationError where the runtime is required and missing.
         """
         try:
             if kind is GPTQ:
                 find_readers(self.options.readers)
+            elif kind is EXL2:
+                raise _exllamav2_missing()
             else:
                 LlamaCpp(self.options.llama_lib).check()
         except RuntimeMissingError as error:
@@ -108,7 +111,7 @@ class Verifier:
         return self._checkpoint_side
 
     def verify(self, path: Path, on_progress: OnProgress = lambda stage, done, total: None) -> Proof:
-        """Prove a GGUF (of several shards the first) or a GPTQ folder; what is wrong is a failed check.
+        """Prove a GGUF (of several shards the first), a GPTQ or EXL2 folder; faults are failed checks.
 
         Raises the checkpoint's own errors, CheckpointError for a source that is gone; DscqError where memory
         or the device fails; UsageError for a `llama_lib` that is none.
@@ -142,6 +145,10 @@ def _run_layers(path: Path, proof: "_Proof") -> Proof:
     sides = proof.forward(file)
     proof.runtime(file, sides)
     return proof.finished(file.paths)
+
+
+def _exllamav2_missing() -> RuntimeMissingError:
+    return RuntimeMissingError("exllamav2 is not asked: it runs on CUDA alone", hint="needs a CUDA GPU")
 
 
 def _of_the_host(error: Exception) -> bool:
@@ -261,6 +268,8 @@ class _Proof:
         """Run the file in the runtime of its kind."""
         if isinstance(file, GptqFolder):
             return prove_in_readers(file, expected, sides, self._bound(), self.options, self.on_progress)
+        if isinstance(file, Exl2Folder):
+            return without_runtime(_exllamav2_missing(), self.options)
         return prove_in_runtime(file.paths[0], expected, sides, self._bound(), self.options, self.on_progress)
 
     def _bound(self) -> FileBound:

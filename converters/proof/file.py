@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from converters.exl2_source import open_exl2
 from converters.gguf_source import open_gguf
 from converters.gptq_config import quantization_of
 from converters.gptq_source import open_gptq
@@ -70,7 +71,8 @@ class Kind:
 
 GGUF = Kind("GGUF", open_gguf)
 GPTQ = Kind("GPTQ folder", open_gptq)
-KINDS = {"gguf": GGUF, "gptq": GPTQ}
+EXL2 = Kind("EXL2 folder", open_exl2)
+KINDS = {"gguf": GGUF, "gptq": GPTQ, "exl2": EXL2}
 """The kind that each target writes."""
 
 
@@ -85,9 +87,18 @@ def kind_of(path: Path) -> Kind:
     if stated is None:
         raise CheckpointError(
             f"{path}: config.json has no quantization_config",
-            hint="expected a GGUF or a folder of GPTQ weights",
+            hint="expected a GGUF, or a folder of GPTQ or EXL2 weights",
         )
-    method = stated.get("quant_method")
-    if method != "gptq":
-        raise CheckpointError(f"{path}: quant_method is {method!r}; supported: 'gptq'")
-    return GPTQ
+    method, folders = stated.get("quant_method"), {"gptq": GPTQ, "exl2": EXL2}
+    if method not in folders:
+        known = ", ".join(map(repr, folders))
+        raise CheckpointError(f"{path}: quant_method is {method!r}; supported: {known}")
+    return folders[method]
+
+
+def written_kind(path: Path) -> Kind:
+    """Return the kind whose runtime a proof will ask; of a folder that is none, what its proof will say."""
+    try:
+        return kind_of(path)
+    except CheckpointError:
+        return GPTQ

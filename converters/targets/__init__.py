@@ -5,13 +5,14 @@ A new format is one module with a class that satisfies `base.Target`, and one li
 
 from converters.plan import Request
 from converters.targets.base import Target
+from converters.targets.exl2 import Exl2Target
 from converters.targets.gguf import GgufTarget
 from converters.targets.gptq import GptqTarget
 from quantize.errors import UsageError
 
 __all__ = ["TARGETS", "parse_request"]
 
-TARGETS: dict[str, Target] = {target.format: target for target in (GgufTarget(), GptqTarget())}
+TARGETS: dict[str, Target] = {target.format: target for target in (GgufTarget(), GptqTarget(), Exl2Target())}
 
 
 def parse_request(text: str) -> Request:

@@ -170,15 +170,10 @@ def unpack(tensors: Exl2Tensors, n_outputs: int | None = None) -> Exl2Linear:
     `n_outputs` is N; without it the padding is taken for outputs (its scales are then 16). Raises
     CheckpointError, with all reasons, for tensors that do not fit together.
     """
-    faults = _tensor_faults(tensors, n_outputs)
+    faults = tensor_faults(tensors, n_outputs)
     if faults:
         raise CheckpointError("these are not the tensors of an EXL2 linear", reasons=faults)
-    groups, perm = _groups(tensors), torch.argsort(tensors.q_invperm.cpu().long())
-    faults = group_faults(groups, len(perm))
-    if not torch.equal(perm.sort().values, torch.sort(tensors.q_invperm.cpu().long()).values):
-        faults.append("q_invperm: not a permutation")
-    if faults:
-        raise CheckpointError("these are not the tensors of an EXL2 linear", reasons=faults)
+    groups, perm = groups_of(tensors), torch.argsort(tensors.q_invperm.cpu().long())
     n = tensors.q_weight.shape[1] if n_outputs is None else n_outputs
     parts, row = [], 0
     for group in groups:
@@ -213,7 +208,8 @@ def _words(data: Any) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(data).view("<i4").astype(np.int32))
 
 
-def _groups(tensors: Exl2Tensors) -> tuple[Group, ...]:
+def groups_of(tensors: Exl2Tensors) -> tuple[Group, ...]:
+    """Return the groups of tensors without faults, from their table."""
     pairs = tensors.q_groups.tolist()
     ends = [*pairs[3::2], len(tensors.q_weight)]
     return tuple(
@@ -244,7 +240,19 @@ def _number_faults(linear: Exl2Linear) -> list[str]:
     return faults
 
 
-def _tensor_faults(tensors: Exl2Tensors, n_outputs: int | None) -> list[str]:
+def tensor_faults(tensors: Exl2Tensors, n_outputs: int | None = None) -> list[str]:
+    """Return every reason why these are no linear, but for its codes, which are not looked at."""
+    faults = _shape_and_type_faults(tensors, n_outputs)
+    if faults:
+        return faults
+    stated = tensors.q_invperm.cpu().long()
+    faults = group_faults(groups_of(tensors), len(stated))
+    if not torch.equal(stated.sort().values, torch.arange(len(stated))):
+        faults.append("q_invperm: not a permutation")
+    return faults
+
+
+def _shape_and_type_faults(tensors: Exl2Tensors, n_outputs: int | None) -> list[str]:
     """Return what is wrong with types and shapes, before anything is read."""
     wide = tensors.q_weight.shape[-1] if tensors.q_weight.ndim == 2 else 0
     count, k = len(tensors.q_scale_max), len(tensors.q_invperm)
