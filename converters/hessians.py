@@ -4,6 +4,7 @@ A conversion goes through the matrices in the order of the model, and those of o
 the last two inputs are enough to keep: that of the matrix that the slowest thread is still at, and the next.
 """
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
@@ -12,24 +13,38 @@ from typing import Generic, TypeVar
 
 import torch
 
+from converters.checkpoint import Checkpoint
 from converters.stats.archive import Archive
 from quantize.errors import ArchiveError
+from quantize.first_tokens import FirstTokens, first_tokens
+from quantize.reference import INPUTS
 
 Settings = TypeVar("Settings", bound=Hashable)
 Prepared = TypeVar("Prepared")
-Prepare = Callable[[torch.Tensor, Settings, str], tuple[Prepared, tuple[str, ...]]]
-"""From H, settings and a name for messages to what a solver shares, and what went otherwise than planned."""
+Prepare = Callable[[torch.Tensor, float, Settings, str], tuple[Prepared, tuple[str, ...]]]
+"""From H, what its damping is to be multiplied with, settings and a name for messages, to what a solver
+shares, and what went otherwise than planned."""
 
 _KEPT = 2
+_BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 
 
 class Hessians(Generic[Settings, Prepared]):
     """The Hessians of an archive, prepared for a solver on a device when they are asked for."""
 
-    def __init__(self, archive: Archive, prepare: Prepare[Settings, Prepared], device: str = "cpu") -> None:
-        """Raises ArchiveError for an archive that has diagonals alone."""
+    def __init__(
+        self,
+        archive: Archive,
+        prepare: Prepare[Settings, Prepared],
+        device: str = "cpu",
+        first: FirstTokens | None = None,
+    ) -> None:
+        """Raises ArchiveError for an archive that has diagonals alone.
+
+        With `first`, the first tokens of rows get their share in the Hessians of the blocks.
+        """
         check_hessians(archive)
-        self.archive, self.device, self._prepare = archive, device, prepare
+        self.archive, self.device, self._prepare, self._first = archive, device, prepare, first
         self._made: OrderedDict[tuple[str, Settings], Future[Prepared]] = OrderedDict()
         self._lock, self._log = Lock(), list[str]()
 
@@ -62,9 +77,23 @@ class Hessians(Generic[Settings, Prepared]):
         H = self.archive.statistics(name).hessian
         if H is None:
             raise ArchiveError(f"{self.archive.folder}: no Hessian for {name}")
-        made, log = self._prepare(H.to(self.device), settings, name)
+        H, damp_scale = self._strengthened(H.to(self.device), name)
+        made, log = self._prepare(H, damp_scale, settings, name)
         self._log += log
         return made
+
+    def _strengthened(self, H: torch.Tensor, name: str) -> tuple[torch.Tensor, float]:
+        block = _BLOCK.fullmatch(name)
+        if self._first is None or block is None:
+            return H, 1.0
+        return self._first.strengthen(H, int(block[1]), INPUTS[block[2]], self.archive.manifest.n_tokens)
+
+
+def first_tokens_of(checkpoint: Checkpoint, archive: Archive) -> FirstTokens:
+    """Push what the archive's rows begin with through the checkpoint."""
+    rows = archive.rows()
+    starts = rows.lengths.long().cumsum(0) - rows.lengths
+    return first_tokens(checkpoint.config, checkpoint.weights, rows.ids[starts].tolist())
 
 
 def check_hessians(archive: Archive) -> None:

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +24,7 @@ from converters.checkpoint import Checkpoint
 from converters.disk import check_room, explained, readable, write_whole
 from converters.donors import keys_path
 from converters.export_folder import is_export
+from converters.hessians import first_tokens_of
 from converters.journal import goes_on, has_journal
 from converters.places import Piece, read_places
 from converters.plan import ConvertOptions, Plan, Request, Written
@@ -51,6 +52,8 @@ def convert(
     plans = plan_exports(checkpoint, requests, options)
     check_destination(plans, options, checkpoint.source_files)
     licences = read_licences(checkpoint)
+    if options.archive is not None and any(tensor.compensated for plan in plans for tensor in plan.tensors):
+        options = replace(options, first_tokens=first_tokens_of(checkpoint, options.archive))
     with ExitStack() as stack:
         exports = []
         for plan in plans:

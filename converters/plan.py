@@ -17,6 +17,7 @@ from converters.imatrix import Importances
 from converters.places import Piece
 from converters.runtime_memory import Runtime
 from converters.stats.archive import Archive
+from quantize.first_tokens import FirstTokens
 from quantize.solver.linears import Effort
 
 
@@ -44,7 +45,8 @@ class ConvertOptions:
     encoded: cpu, cuda (all GPUs in turn) or cuda:1; the bytes are the same. `fresh` makes every tensor anew,
     whatever earlier runs left in the folder.
 
-    `archive` has the Hessians that errors are compensated with, in GGUF if `compensate`; `effort` says how
+    `archive` has the Hessians that errors are compensated with, in GGUF if `compensate`, and
+    `first_tokens` what its rows begin with (`convert` sees to it); `effort` says how
     hard the solver tries; `module_bits` are (regular expression on a linear's name, bits and group size as
     8bit-32g), of GPTQ alone; `tensor_parallel` is the number of GPUs that a server will split a matrix over;
     `measurement` says what EXL2's layouts cost.
@@ -68,6 +70,7 @@ class ConvertOptions:
     fresh: bool = False
     archive: Archive | None = None
     compensate: bool = False
+    first_tokens: FirstTokens | None = None
     effort: Effort = "default"
     module_bits: tuple[tuple[str, str], ...] = ()
     tensor_parallel: int = 1

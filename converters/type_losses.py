@@ -29,7 +29,7 @@ from quantize.errors import ArchiveError
 from quantize.llama import EMBEDDING, HEAD, LlamaConfig
 from quantize.reference import INPUTS
 from quantize.solver import SOLVING
-from quantize.solver.block_factor import BlockFactor, prepare_blocks
+from quantize.solver.block_factor import DAMP, BlockFactor, prepare_blocks
 from quantize.type_errors import Rounding, predict_types, predicted_kl, token_frequencies, usable_types
 
 Losses = Mapping[str, Mapping[str, float]]
@@ -101,8 +101,10 @@ class _Work:
         return None
 
 
-def _prepared(H: torch.Tensor, compensate: bool, name: str) -> tuple[_Shared, tuple[str, ...]]:
-    factor = prepare_blocks(H, name=name) if compensate else None
+def _prepared(
+    H: torch.Tensor, damp_scale: float, compensate: bool, name: str
+) -> tuple[_Shared, tuple[str, ...]]:
+    factor = prepare_blocks(H, damp=DAMP * damp_scale, name=name) if compensate else None
     return (H, factor), () if factor is None else factor.log
 
 

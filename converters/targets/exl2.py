@@ -114,7 +114,7 @@ class Exl2Writer:
         layouts = {t.name: parse_layout(t.quant) for t in plan.tensors if t.quant != FLOAT}
         self._groups = {name: each.groups(plan.by_name[name].shape[1]) for name, each in layouts.items()}
         self._places = exl2_layout.places(plan, self._groups)
-        self._hessians = Hessians(options.archive, _prepared, options.device)
+        self._hessians = Hessians(options.archive, _prepared, options.device, options.first_tokens)
         self._reused, self._errors, self._lock = Counter[str](), dict[str, float](), Lock()
         self._donors = None if options.fresh else Donors(options.folder)
         self._folder = ExportFolder(plan, options)
@@ -176,8 +176,10 @@ class Exl2Writer:
         self._folder.discard()
 
 
-def _prepared(H: torch.Tensor, damp: float, name: str) -> tuple[tuple[torch.Tensor, Factor], tuple[str, ...]]:
-    factor = prepare(H, damp=damp, order="activation", name=name)
+def _prepared(
+    H: torch.Tensor, damp_scale: float, damp: float, name: str
+) -> tuple[tuple[torch.Tensor, Factor], tuple[str, ...]]:
+    factor = prepare(H, damp=damp * damp_scale, order="activation", name=name)
     return (H, factor), factor.log
 
 

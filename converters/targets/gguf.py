@@ -39,7 +39,7 @@ from quantize.codecs.encoder import Encoder, encoding_gpus
 from quantize.errors import PlanError, UsageError
 from quantize.recipes import ALIASES, RECIPES, Choice
 from quantize.solver import SOLVING
-from quantize.solver.block_factor import BlockFactor, prepare_blocks
+from quantize.solver.block_factor import DAMP, BlockFactor, prepare_blocks
 from quantize.solver.blocks import encode_compensated
 from quantize.solver.linears import Effort
 
@@ -251,11 +251,13 @@ class _Layout:
 def _hessians(options: ConvertOptions) -> Hessians[Effort, BlockFactor]:
     if options.archive is None:
         raise AssertionError("the plan compensates without an archive")
-    return Hessians(options.archive, _prepared)
+    return Hessians(options.archive, _prepared, first=options.first_tokens)
 
 
-def _prepared(H: torch.Tensor, effort: Effort, name: str) -> tuple[BlockFactor, tuple[str, ...]]:
-    factor = prepare_blocks(H, name=name)
+def _prepared(
+    H: torch.Tensor, damp_scale: float, effort: Effort, name: str
+) -> tuple[BlockFactor, tuple[str, ...]]:
+    factor = prepare_blocks(H, damp=DAMP * damp_scale, name=name)
     return factor, factor.log
 
 

@@ -101,7 +101,7 @@ class GptqWriter:
             raise ArchiveError("GPTQ needs a statistics archive", hint="give --stats, or let dscq calibrate")
         self._plan, self._hashed, self._effort = plan, options.hash_tensors, options.effort
         self._specs = {t.name: parse_spec(t.quant) for t in plan.tensors if t.quant != FLOAT}
-        self._hessians = Hessians(options.archive, _prepared, options.device)
+        self._hessians = Hessians(options.archive, _prepared, options.device, options.first_tokens)
         self._reused, self._errors, self._lock = Counter[str](), dict[str, list[float]](), Lock()
         self._donors = None if options.fresh else Donors(options.folder)
         self._folder = ExportFolder(plan, options)
@@ -168,8 +168,10 @@ class GptqWriter:
         self._folder.discard()
 
 
-def _prepared(H: torch.Tensor, settings: Settings, name: str) -> tuple[Input, tuple[str, ...]]:
-    shared = prepare_input(H, settings, name)
+def _prepared(
+    H: torch.Tensor, damp_scale: float, settings: Settings, name: str
+) -> tuple[Input, tuple[str, ...]]:
+    shared = prepare_input(H, replace(settings, damp=settings.damp * damp_scale), name)
     return shared, shared.factor.log
 
 

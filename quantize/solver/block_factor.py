@@ -12,6 +12,7 @@ from quantize.solver.factor import Factor, prepare
 
 WIDTH = 256
 """Columns that are solved together: a super-block."""
+DAMP = 0.05
 _SMALLEST = 32
 _DEAD = 1e-3  # of the mean diagonal: what a column weighs that never has an input
 
@@ -49,7 +50,7 @@ class BlockFactor:
     log: tuple[str, ...]
 
 
-def prepare_blocks(H: torch.Tensor, *, damp: float = 0.05, name: str = "") -> BlockFactor:
+def prepare_blocks(H: torch.Tensor, *, damp: float = DAMP, name: str = "") -> BlockFactor:
     """Factor a Hessian f32 (K, K) by blocks of 256 columns, for all linears that share its input.
 
     Raises what `prepare` raises: HessianError where H cannot be factored, UsageError for a wrong damping, or

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from converters import stream
 from converters.checkpoint import open_checkpoint
-from converters.exl2_measurement import nominal
+from converters.exl2_measurement import DAMP, nominal
 from converters.exl2_source import linear_of, open_exl2
+from converters.hessians import first_tokens_of
 from converters.pipeline import convert, mark_failed, plan_exports, reread_hashes
 from converters.plan import ConvertOptions, Request, Written
 from converters.targets import parse_request
@@ -60,8 +61,13 @@ def test_the_folder_holds_what_the_solver_finds(model: Model, written: Written) 
         weights = {name: model.checkpoint.weights.load(name).float() for name in together}
         H = model.archive.statistics(together[0]).hessian
         assert H is not None
+        damp = DAMP
+        if together == names:
+            first = first_tokens_of(model.checkpoint, model.archive)
+            H, damp_scale = first.strengthen(H, 0, "mlp_input", model.archive.manifest.n_tokens)
+            damp *= damp_scale
         layouts = {name: parse_layout(written.plan.by_name[name].quant) for name in together}
-        for name, found in quantize_exl2(weights, H, layouts, "fast").items():
+        for name, found in quantize_exl2(weights, H, layouts, "fast", damp).items():
             stored = decode(linear(tensors, name.removesuffix(".weight")), len(weights[name]))
             assert torch.equal(stored, found.linear.weights())
     embedding = model.checkpoint.weights.load("model.embed_tokens.weight")

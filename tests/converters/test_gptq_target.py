@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from converters import stream
 from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.hessians import first_tokens_of
 from converters.pipeline import convert, mark_failed, plan_exports, reread_hashes
 from converters.plan import ConvertOptions, Request, Written
 from converters.stats.archive import Archive, open_archive
@@ -73,9 +74,13 @@ def test_the_folder_holds_what_the_solver_finds(
     }
     H = archive.statistics(block_tensor(layer, "mlp.up_proj")).hessian
     assert H is not None
+    first = first_tokens_of(checkpoint, archive)
+    H, damp_scale = first.strengthen(H, layer, "mlp_input", archive.manifest.n_tokens)
+    assert damp_scale < 1
     settings = GptqSpec(config["bits"], config["group_size"], config["desc_act"], config["sym"]).settings(
         "default"
     )
+    settings = replace(settings, damp=settings.damp * damp_scale)
     for name, found in quantize_linears(weights, H, settings).items():
         qweight, qzeros, scales, g_idx = (
             tensors[f"model.layers.{layer}.{name}.{part}"]
