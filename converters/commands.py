@@ -187,8 +187,14 @@ def _say_plan(terminal: Terminal, plan: "Plan") -> None:
 def _write(
     terminal: Terminal, checkpoint: "Checkpoint", plans: Sequence["Plan"], options: "ConvertOptions"
 ) -> "list[Written]":
+    from converters.pipeline import check_destination, with_first_tokens
     from converters.pipeline import convert as write
 
+    check_destination(plans, options, checkpoint.source_files)
+    with terminal.stages("blocks") as report:
+        options = with_first_tokens(
+            checkpoint, plans, options, lambda done, total: report("first tokens", done, total)
+        )
     n_bytes = sum(spec.n_bytes for spec in checkpoint.weights.specs().values())
     with terminal.stage("convert", n_bytes) as advance:
         written = write(

@@ -16,7 +16,7 @@ import torch
 from converters.checkpoint import Checkpoint
 from converters.stats.archive import Archive
 from quantize.errors import ArchiveError
-from quantize.first_tokens import FirstTokens, first_tokens
+from quantize.first_tokens import FirstTokens, OnBlock, first_tokens
 from quantize.reference import INPUTS
 
 Settings = TypeVar("Settings", bound=Hashable)
@@ -89,11 +89,13 @@ class Hessians(Generic[Settings, Prepared]):
         return self._first.strengthen(H, int(block[1]), INPUTS[block[2]], self.archive.manifest.n_tokens)
 
 
-def first_tokens_of(checkpoint: Checkpoint, archive: Archive) -> FirstTokens:
+def first_tokens_of(
+    checkpoint: Checkpoint, archive: Archive, on_block: OnBlock = lambda done, total: None
+) -> FirstTokens:
     """Push what the archive's rows begin with through the checkpoint."""
     rows = archive.rows()
     starts = rows.lengths.long().cumsum(0) - rows.lengths
-    return first_tokens(checkpoint.config, checkpoint.weights, rows.ids[starts].tolist())
+    return first_tokens(checkpoint.config, checkpoint.weights, rows.ids[starts].tolist(), on_block)
 
 
 def check_hessians(archive: Archive) -> None:

@@ -31,8 +31,17 @@ from converters.plan import ConvertOptions, Plan, Request, Written
 from converters.stream import Export, OnEvent, TensorDone, stream
 from converters.targets import TARGETS
 from quantize.errors import OutputError, PlanError
+from quantize.first_tokens import OnBlock
 
-__all__ = ["Reread", "TensorDone", "convert", "mark_failed", "plan_exports", "reread_hashes"]
+__all__ = [
+    "Reread",
+    "TensorDone",
+    "convert",
+    "mark_failed",
+    "plan_exports",
+    "reread_hashes",
+    "with_first_tokens",
+]
 
 FAILED = ".failed"
 
@@ -52,8 +61,7 @@ def convert(
     plans = plan_exports(checkpoint, requests, options)
     check_destination(plans, options, checkpoint.source_files)
     licences = read_licences(checkpoint)
-    if options.archive is not None and any(tensor.compensated for plan in plans for tensor in plan.tensors):
-        options = replace(options, first_tokens=first_tokens_of(checkpoint, options.archive))
+    options = with_first_tokens(checkpoint, plans, options)
     with ExitStack() as stack:
         exports = []
         for plan in plans:
@@ -73,6 +81,22 @@ def convert(
         _written(export, options.folder, found, seconds)
         for export, found in zip(exports, pieces, strict=True)
     ]
+
+
+def with_first_tokens(
+    checkpoint: Checkpoint,
+    plans: Sequence[Plan],
+    options: ConvertOptions,
+    on_block: OnBlock = lambda done, total: None,
+) -> ConvertOptions:
+    """Return the options with the inputs of rows' first tokens, where a plan's rounding needs them.
+
+    That is a pass of a few tokens through the blocks; `on_block` is called with (done, in all).
+    """
+    compensated = any(tensor.compensated for plan in plans for tensor in plan.tensors)
+    if options.archive is None or options.first_tokens is not None or not compensated:
+        return options
+    return replace(options, first_tokens=first_tokens_of(checkpoint, options.archive, on_block))
 
 
 def _written(export: Export, folder: Path, pieces: Mapping[str, Sequence[Piece]], seconds: float) -> Written:

@@ -14,7 +14,7 @@ position, attention is the value itself. So no text is needed, one tensor is hel
 needs nothing new.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,8 @@ from quantize.reference import INPUTS
 from quantize.weights import Weights
 
 SHARE = 0.125
+OnBlock = Callable[[int, int], None]
+"""Called with the blocks that are done and those in all."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,12 @@ class FirstTokens:
 
 
 @torch.no_grad()
-def first_tokens(config: LlamaConfig, weights: Weights, ids: Sequence[int]) -> FirstTokens:
+def first_tokens(
+    config: LlamaConfig,
+    weights: Weights,
+    ids: Sequence[int],
+    on_block: OnBlock = lambda done, total: None,
+) -> FirstTokens:
     """Push the ids that rows begin with through the model, each a row of its own, one tensor at a time."""
     found, counts = torch.unique(torch.tensor(ids), return_counts=True)
     state, inputs = weights.load(EMBEDDING)[found].float(), dict[tuple[int, str], torch.Tensor]()
@@ -79,4 +86,5 @@ def first_tokens(config: LlamaConfig, weights: Weights, ids: Sequence[int]) -> F
         x = normed(layer, "post_attention_layernorm")
         inner = functional.silu(times(x, layer, "mlp.gate_proj")) * times(x, layer, "mlp.up_proj")
         state = state + times(inner, layer, "mlp.down_proj")
+        on_block(layer + 1, config.n_layers)
     return FirstTokens(counts.float(), inputs)

@@ -36,6 +36,7 @@ def test_without_an_archive_one_is_made_first(
     )
     assert result.exit_code == 0, result.output
     assert f"calibrating: statistics on the built-in text, in {tmp_path / 'stats'}" in result.stderr
+    assert "first tokens  100.0 %  5 of 5" in result.stderr
     assert f"wrote {tmp_path / 'gptq-4bit-32g'}" in result.stdout
     assert "share of the outputs' energy lost" in result.stderr
     config = json.loads((tmp_path / "gptq-4bit-32g" / "config.json").read_text())

@@ -32,7 +32,10 @@ def weights() -> TensorWeights:
 def test_inputs_are_those_of_rows_in_the_reference_forward() -> None:
     model = ReferenceModel(CONFIG, weights())
     rows = [torch.tensor([5, 1, 2, 3]), torch.tensor([7, 7]), torch.tensor([5, 9, 9])]
-    found = first_tokens(CONFIG, weights(), [int(row[0]) for row in rows])
+    blocks: list[tuple[int, int]] = []
+    ids = [int(row[0]) for row in rows]
+    found = first_tokens(CONFIG, weights(), ids, lambda *done: blocks.append(done))
+    assert blocks == [(1, 2), (2, 2)]
     assert found.counts.tolist() == [2, 1]
     states = list(model.embed(rows))
     with full_f32(), torch.no_grad():
