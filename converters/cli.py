@@ -63,7 +63,8 @@ def dscq() -> None:
     "targets",
     multiple=True,
     metavar="FORMAT:QUANT",
-    help="Repeatable: gguf:Q4_K_M, gguf:bpw=3.5, gguf:size=4.1GB, gguf:fit=8GiB, gptq:4bit-128g, exl2:4.25.",
+    help="Repeatable: gguf:Q4_K_M, gguf:bpw=3.5, gguf:size=4.1GB, gguf:fit=8GiB, gptq:4bit-128g, exl2:4.25, "
+    "exl2:fit=24GiB.",
     shell_complete=known_targets,
 )
 @click.option(
@@ -95,6 +96,7 @@ def convert(quiet: bool, as_json: bool, **chosen: Any) -> None:
       dscq convert ./model --to gguf:fit=8GiB --ctx 16384 --cache q8_0 --stats stats/
       dscq convert ./model --to gptq:4bit-128g --to gptq:3bit-64g,desc_act --stats stats/ --tp 2
       dscq convert ./model --to exl2:4.25 --to exl2:6.0,h8 --stats stats/
+      dscq convert ./model --to exl2:fit=24GiB --ctx 16384 --cache q8 --reserve 1GiB --stats stats/
     """
     commands.convert(Terminal(quiet, as_json), commands.ConvertChoices(**chosen))
 

@@ -54,7 +54,7 @@ class ConvertChoices(SourceChoices):
     pure: bool
     plan: Path | None
     ctx: int | None
-    cache: Literal["f16", "q8_0", "q4_0"] | None
+    cache: str | None
     reserve: int | None
 
 
@@ -95,7 +95,8 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     if will_measure(choices, requests, options):
         options = measured(terminal, choices, checkpoint, plans, options)
         plans = plan_exports(checkpoint, requests, options)
-    if options.archive is not None and any(is_budget(request.quant) for request in requests):
+    budgeted = [request for request in requests if request.format == "gguf" and is_budget(request.quant)]
+    if options.archive is not None and budgeted:
         options = with_losses(terminal, checkpoint, options, measure=not choices.dry_run)
         plans = plan_exports(checkpoint, requests, options)
     for plan in plans:

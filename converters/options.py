@@ -105,8 +105,9 @@ RUNTIME_OPTIONS = options(
     click.option("--ctx", type=click.IntRange(min=1), help="Of fit=: tokens of context; default: 4096."),
     click.option(
         "--cache",
-        type=click.Choice(["f16", "q8_0", "q4_0"]),
-        help="Of fit=: type of the KV cache; default: f16.",
+        type=click.Choice(["f16", "q8_0", "q4_0", "fp16", "q8", "q6", "q4"]),
+        help="Of fit=: type of the KV cache, f16, q8_0 or q4_0 of llama.cpp (GGUF), fp16, q8, q6 or q4 of "
+        "exllamav2 (EXL2); default: halves.",
     ),
     click.option("--reserve", type=Size(), help="Of fit=: memory to leave to others: 500M; default: none."),
 )

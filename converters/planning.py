@@ -75,17 +75,38 @@ def runtime(ctx: int | None, cache: str | None, reserve: int | None) -> "Runtime
     from converters.runtime_memory import Runtime
 
     default = Runtime()
-    return Runtime(ctx or default.context, cache or default.cache, reserve or default.reserve)
+    return Runtime(ctx or default.context, cache, reserve or default.reserve)
 
 
 def refuse_idle_runtime(
     ctx: int | None, cache: str | None, reserve: int | None, requests: Sequence["Request"]
 ) -> None:
-    """Raise UsageError for options of the memory where no request asks for a fit."""
+    """Raise UsageError for options of the memory where no request asks for a fit, or none in that runtime."""
     given = {"--ctx": ctx, "--cache": cache, "--reserve": reserve}
     idle = [name for name, value in given.items() if value is not None]
-    if idle and not any(request.quant.startswith("fit=") for request in requests):
-        raise UsageError(f"{', '.join(idle)}: only for gguf:fit=, which is not asked for")
+    fits = [request for request in requests if request.quant.startswith("fit=")]
+    if idle and not fits:
+        raise UsageError(f"{', '.join(idle)}: only for fit=, which is not asked for")
+    if cache is not None:
+        _refuse_foreign_cache(cache, fits)
+
+
+def _refuse_foreign_cache(cache: str, fits: Sequence["Request"]) -> None:
+    """Raise UsageError for a type of the KV cache that the runtime of a format does not have."""
+    from converters import exllamav2_memory, runtime_memory
+
+    runtimes = {
+        "gguf": ("llama.cpp", runtime_memory.CACHES),
+        "exl2": ("exllamav2", exllamav2_memory.CACHES),
+    }
+    for request in fits:
+        name, known = runtimes[request.format]
+        if cache not in known:
+            mixed = len({request.format for request in fits}) > 1
+            raise UsageError(
+                f"--cache {cache}: {request} is for {name}, whose caches are {', '.join(known)}",
+                hint="one command for each format, or no --cache: both have halves" if mixed else "",
+            )
 
 
 def _check(choices: PlanChoices, request: "Request | None") -> None:

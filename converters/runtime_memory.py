@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from quantize.codecs import codec
 from quantize.llama import LlamaConfig
 
-CACHES: Mapping[str, str] = {"f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
+HALVES = "f16"
+CACHES: Mapping[str, str] = {HALVES: "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 """Types of a cache by llama.cpp's names, and the quant types that they are."""
 BATCH = 512
 CONTEXT_STEP = 256
@@ -26,16 +27,19 @@ CONTEXT_STEP = 256
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a file will be run: tokens of context, type of the KV cache, bytes to leave to others."""
+    """How a file will be run: tokens of context, type of the KV cache, bytes to leave to others.
+
+    `cache` is a name of the runtime's own; None stands for halves, which each runtime takes by itself.
+    """
 
     context: int = 4096
-    cache: str = "f16"
+    cache: str | None = None
     reserve: int = 0
 
 
 def cache_bytes(config: LlamaConfig, runtime: Runtime) -> int:
     """Return the size of the KV cache."""
-    kind = codec(CACHES[runtime.cache])
+    kind = codec(CACHES[runtime.cache or HALVES])
     tokens = -(-runtime.context // CONTEXT_STEP) * CONTEXT_STEP
     numbers = 2 * config.n_layers * config.n_kv_heads * config.head_dim * tokens
     return numbers * kind.block_bytes // kind.block_size

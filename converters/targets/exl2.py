@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib.metadata import version
 from threading import Lock
 from typing import Any
@@ -25,9 +26,18 @@ from converters.hf_folder import folder_files, hf_faults
 from converters.places import Piece, Place
 from converters.plan import ConvertOptions, FilePlan, Plan, Request, TensorPlan
 from converters.targets import exl2_layout
+from converters.targets.exl2_fit import fit_faults, fit_notes, fitting_bits
 from converters.targets.exl2_layout import FLOAT, PARTS
 from converters.targets.exl2_spec import Exl2Spec, parse_spec
-from converters.targets.exl2_types import Layouts, choose, least_bits, n_weights, parse_layout
+from converters.targets.exl2_types import (
+    Layouts,
+    budget_of,
+    choose,
+    least_bits,
+    most_bits,
+    n_weights,
+    parse_layout,
+)
 from quantize.codecs.exl2 import encode, shape_faults
 from quantize.errors import ArchiveError
 from quantize.layouts import Layout
@@ -37,20 +47,20 @@ from quantize.solver.exl2 import quantize_matrix
 from quantize.solver.factor import Factor, prepare
 
 SHARD_BYTES = 8 << 30
-SIZES = ("2.5", "3", "3.5", "4", "4.25", "4.65", "5", "6", "8")
+SIZES = ("2.5", "3", "3.5", "4", "4.25", "4.65", "5", "6", "8", "fit=24GiB")
 _WRITER = "0.3.2"  # the version of ExLlamaV2 whose tensors these are
 _LARGEST = 65504.0
 
 
 @dataclass(frozen=True)
 class Exl2Target:
-    """`--to exl2:4.25`."""
+    """`--to exl2:4.25`, `--to exl2:fit=24GiB`."""
 
     format: str = "exl2"
 
     @property
     def quants(self) -> Sequence[str]:
-        """Sizes that are usual; any other between the least and the most can be had."""
+        """Sizes that are usual; any other between the least and the most, and any card, can be had."""
         return SIZES
 
     def parse(self, text: str) -> str:
@@ -62,7 +72,7 @@ class Exl2Target:
         return True
 
     def check(self, checkpoint: Checkpoint, request: Request, options: ConvertOptions) -> list[str]:
-        """Return what stands against an export: shapes, a budget below the least, a head without a matrix."""
+        """Return what stands against an export: shapes, too small a size or card, a head without a matrix."""
         config, spec = checkpoint.config, parse_spec(request.quant)
         reasons = hf_faults(checkpoint)
         if config.tied_head:
@@ -71,16 +81,20 @@ class Exl2Target:
             reasons += [f"{name}: {fault}" for fault in shape_faults(*shape)]
         if reasons:
             return reasons
-        least = least_bits(options.measurement or nominal(config)) / n_weights(config)
-        if spec.bits < least:
-            rounded = math.ceil(100 * least) / 100
+        least = least_bits(options.measurement or nominal(config))
+        if spec.bits is None:
+            return fit_faults(spec, config, options.runtime, least)
+        if spec.bits < (per_weight := Fraction(least, n_weights(config))):
+            rounded = math.ceil(100 * per_weight) / 100
             reasons.append(f"{float(spec.bits):g} bits per weight: this model takes {rounded:g} at the least")
         return reasons
 
     def plan(self, checkpoint: Checkpoint, request: Request, options: ConvertOptions) -> Plan:
         """Return the folder's files; without a measurement its sizes are right and its layouts are not."""
         spec, config = parse_spec(request.quant), checkpoint.config
-        chosen = choose(config, options.measurement or nominal(config), spec.bits, spec.head_bits)
+        measurement = options.measurement or nominal(config)
+        bits = fitting_bits(spec, config, options.runtime)
+        chosen = choose(config, measurement, bits, spec.head_bits)
         # As the plan's names say them: the writer reads them there.
         layouts = {name: parse_layout(layout.name) for name, layout in chosen.layouts.items()}
         shapes = config.tensor_shapes()
@@ -93,8 +107,12 @@ class Exl2Target:
         ]
         max_bytes = options.split_max_bytes or SHARD_BYTES
         files, tensors = exl2_layout.shard(unplaced, groups, max_bytes, len(heads))
-        notes = tuple(_notes(config, chosen, options))
-        return Plan(request, (*heads, *files), tuple(tensors), notes, spec.directory)
+        notes = _notes(config, chosen, options)
+        if spec.bits is None:
+            notes += fit_notes(spec, config, options.runtime, chosen.bits)
+        if budget_of(config, bits) >= most_bits(measurement):
+            notes.append("the richest layouts fit everywhere: more memory brings nothing")
+        return Plan(request, (*heads, *files), tuple(tensors), tuple(notes), spec.directory)
 
     def open_writer(self, plan: Plan, options: ConvertOptions) -> "Exl2Writer":
         """Create the folder under a temporary name; raises OutputError, ArchiveError."""
@@ -188,6 +206,7 @@ def quantization_config(
 ) -> dict[str, Any]:
     """Return what config.json says: the loader looks at the tensors alone, user interfaces look here."""
     calibration: dict[str, Any] = {}
+    used = round(chosen.bits / n_weights(config), 4)
     if options.archive is not None:
         manifest = options.archive.manifest
         calibration = {
@@ -198,8 +217,8 @@ def quantization_config(
     return {
         "quant_method": "exl2",
         "version": _WRITER,
-        "bits": float(spec.bits),
-        "bits_in_use": round(chosen.bits / n_weights(config), 4),
+        "bits": used if spec.bits is None else float(spec.bits),
+        "bits_in_use": used,
         "head_bits": spec.head_bits,
         "calibration": calibration,
         "meta": {"quantizer": [f"dscq:{version('dscq')}"]},

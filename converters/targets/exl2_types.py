@@ -49,6 +49,11 @@ def least_bits(measurement: Measurement) -> int:
     return sum(min(choice.bits for choice in slot) for slot in measurement.slots)
 
 
+def most_bits(measurement: Measurement) -> int:
+    """Return what the richest choices take."""
+    return sum(max(choice.bits for choice in slot) for slot in measurement.slots)
+
+
 def choose(config: LlamaConfig, measurement: Measurement, bits: Fraction, head_bits: int) -> Layouts:
     """Return every linear's layout; raises PlanError if the cheapest are above the budget."""
     options = [[Option(choice.bits, _loss(choice)) for choice in slot] for slot in measurement.slots]

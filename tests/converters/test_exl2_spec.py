@@ -18,6 +18,8 @@ from quantize.layouts import ATTENTION, DOWN, GATE_UP, HEAD
         ("6.0", Exl2Spec(Fraction(6)), "6", "exl2-6"),
         (" 2.3 , H8 ", Exl2Spec(Fraction("2.3"), 8), "2.3,h8", "exl2-2.3-h8"),
         ("8,h6", Exl2Spec(Fraction(8)), "8", "exl2-8"),
+        ("FIT = 24 GiB", Exl2Spec(None, fit="24GiB"), "fit=24GiB", "exl2-fit-24GiB"),
+        ("fit=12.5GB, h8", Exl2Spec(None, 8, "12.5GB"), "fit=12.5GB,h8", "exl2-fit-12.5GB-h8"),
     ],
 )
 def test_a_size_has_one_spelling(text: str, spec: Exl2Spec, spelling: str, folder: str) -> None:

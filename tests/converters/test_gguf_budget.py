@@ -309,7 +309,7 @@ def test_the_curve_is_drawn(
         (("--to", "gguf:size=0"), "'0' is no amount"),
         (("--to", "gguf:fit=8 apples"), "for example gguf:fit=8GiB"),
         (("--to", "gguf:plan=x"), "unknown type 'plan=x'"),
-        (("--to", "gguf:bpw=4", "--ctx", "512"), "--ctx: only for gguf:fit=, which is not asked for"),
+        (("--to", "gguf:bpw=4", "--ctx", "512"), "--ctx: only for fit=, which is not asked for"),
         (("--to", "gguf:bpw=4", "--pure"), "--pure: no recipe is asked for"),
         ((), "--to is missing"),
     ],
@@ -328,7 +328,7 @@ def test_options_that_mean_nothing_are_usage_errors(
         (("--to", "gptq:4bit-128g"), "only GGUF has types to plan"),
         (("--curve", "-o", "plan.toml"), "-o: only with --to"),
         (("--to", "gguf:bpw=4", "--plot", "a.svg"), "--plot draws the curve"),
-        (("--to", "gguf:bpw=4", "--reserve", "1G"), "--reserve: only for gguf:fit="),
+        (("--to", "gguf:bpw=4", "--reserve", "1G"), "--reserve: only for fit="),
     ],
 )
 def test_plans_that_mean_nothing_are_usage_errors(

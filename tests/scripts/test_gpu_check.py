@@ -109,6 +109,14 @@ def test_a_conversion_that_fails_is_a_failure(
     assert "exit 2" in outcomes[0].text
 
 
+def test_without_exllamav2_the_check_says_how_to_get_it(
+    program: ModuleType, few: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSCQ_GPU_READERS", "/nowhere")
+    (outcome,) = program.CHECKS["exl2"](few)
+    assert outcome.passed and outcome.text.startswith("exllamav2: not run: make DIR/exllamav2 (pip install")
+
+
 def test_an_unknown_check_is_a_usage_error(program: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu_check", "encode", "sing"])
     with pytest.raises(SystemExit) as end:
