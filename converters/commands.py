@@ -56,6 +56,7 @@ class ConvertChoices(SourceChoices):
     ctx: int | None
     cache: str | None
     reserve: int | None
+    ngl: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,7 @@ def _convert_options(choices: ConvertChoices, formats: set[str]) -> "ConvertOpti
         device=device,
         effort=choices.effort or "default",
         tensor_parallel=choices.tensor_parallel or 1,
-        runtime=runtime(choices.ctx, choices.cache, choices.reserve),
+        runtime=runtime(choices.ctx, choices.cache, choices.reserve, choices.ngl),
         assigned=None if choices.plan is None else read_plan(choices.plan),
     )
 

@@ -110,6 +110,11 @@ RUNTIME_OPTIONS = options(
         "exllamav2 (EXL2); default: halves.",
     ),
     click.option("--reserve", type=Size(), help="Of fit=: memory to leave to others: 500M; default: none."),
+    click.option(
+        "--ngl",
+        type=click.IntRange(min=1),
+        help="Of gguf:fit=: layers on the card, as llama.cpp counts; default: the whole file counts.",
+    ),
 )
 PROOF_OPTIONS = options(
     click.option("--require-proof", is_flag=True, help="Exit 3 where the runtime is not installed."),

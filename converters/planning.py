@@ -34,6 +34,7 @@ class PlanChoices(OpenChoices):
     ctx: int | None
     cache: str | None
     reserve: int | None
+    ngl: int | None
     tensor_types: tuple[str, ...]
     output_tensor_type: str | None
     token_embedding_type: str | None
@@ -70,25 +71,32 @@ def with_losses(
     return replace(options, losses=found)
 
 
-def runtime(ctx: int | None, cache: str | None, reserve: int | None) -> "Runtime":
+def runtime(ctx: int | None, cache: str | None, reserve: int | None, ngl: int | None) -> "Runtime":
     """Return what `fit=` leaves room for, defaults where nothing was said."""
     from converters.runtime_memory import Runtime
 
     default = Runtime()
-    return Runtime(ctx or default.context, cache, reserve or default.reserve)
+    return Runtime(ctx or default.context, cache, reserve or default.reserve, ngl)
 
 
 def refuse_idle_runtime(
-    ctx: int | None, cache: str | None, reserve: int | None, requests: Sequence["Request"]
+    ctx: int | None,
+    cache: str | None,
+    reserve: int | None,
+    ngl: int | None,
+    requests: Sequence["Request"],
 ) -> None:
     """Raise UsageError for options of the memory where no request asks for a fit, or none in that runtime."""
-    given = {"--ctx": ctx, "--cache": cache, "--reserve": reserve}
+    given = {"--ctx": ctx, "--cache": cache, "--reserve": reserve, "--ngl": ngl}
     idle = [name for name, value in given.items() if value is not None]
     fits = [request for request in requests if request.quant.startswith("fit=")]
     if idle and not fits:
         raise UsageError(f"{', '.join(idle)}: only for fit=, which is not asked for")
     if cache is not None:
         _refuse_foreign_cache(cache, fits)
+    foreign = [str(request) for request in fits if request.format != "gguf"]
+    if ngl is not None and foreign:
+        raise UsageError(f"--ngl: only for gguf:fit=; {', '.join(foreign)} is on the card whole")
 
 
 def _refuse_foreign_cache(cache: str, fits: Sequence["Request"]) -> None:
@@ -123,7 +131,8 @@ def _check(choices: PlanChoices, request: "Request | None") -> None:
         if not choices.curve:
             raise UsageError("--plot draws the curve", hint="give --curve too")
         check_plot(choices.plot)
-    refuse_idle_runtime(choices.ctx, choices.cache, choices.reserve, [] if request is None else [request])
+    requests = [] if request is None else [request]
+    refuse_idle_runtime(choices.ctx, choices.cache, choices.reserve, choices.ngl, requests)
     for path in filter(None, (choices.output, choices.plot)):
         check_free(path, force=choices.force)
 
@@ -143,7 +152,7 @@ def _opened(terminal: Terminal, choices: PlanChoices) -> "tuple[Checkpoint, Conv
         tensor_types=parse_overrides(choices.tensor_types, {"gguf"})[0],
         output_tensor_type=output and written_type(output, "--output-tensor-type"),
         token_embedding_type=embedding and written_type(embedding, "--token-embedding-type"),
-        runtime=runtime(choices.ctx, choices.cache, choices.reserve),
+        runtime=runtime(choices.ctx, choices.cache, choices.reserve, choices.ngl),
     )
     checkpoint = opened(terminal, choices, choices.source)
     archive = open_archive(choices.stats)

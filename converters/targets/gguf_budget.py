@@ -5,10 +5,11 @@
     fit     bytes of memory, for the file and what llama.cpp needs beside it (converters/runtime_memory.py)
 
 "The file" is all files of a split, their heads included. (llama.cpp keeps token_embd.weight in main memory
-where it can: `fit` counts it, and so errs on the safe side.) A matrix that no option pins may have each type
-that its rows fit, with the bytes in the file and the predicted loss of it; `quantize.allocate` chooses.
-A head's length depends, if little, on the types, so the bytes of the whole are counted after the choice, and
-the choice is made again with as much less as they are over.
+where it can: `fit` counts it, and so errs on the safe side. With --ngl what is on the card counts alone, and
+the types of all blocks are still chosen together: those that are not there get no better ones.) A matrix
+that no option pins may have each type that its rows fit, with the bytes in the file and the predicted loss of
+it; `quantize.allocate` chooses. A head's length depends, if little, on the types, so the bytes of the whole
+are counted after the choice, and the choice is made again with as much less as they are over.
 
 Before there are statistics, while a run has yet to measure them, types are provisional: a weight of b bits is
 taken to lose 4^-b. The sizes are then what they will be, and can be checked.
@@ -19,11 +20,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from converters.gguf_file import padded
 from converters.names import gguf_name
 from converters.plan import ConvertOptions
-from converters.runtime_memory import beside_weights
+from converters.runtime_memory import beside_weights, blocks_on_card, on_card
 from converters.sizes import parse_size
 from converters.targets.gguf_types import GgufTypes
 from quantize.allocate import Option, allocate
@@ -37,6 +39,7 @@ KINDS = ("bpw", "size", "fit")
 _BUDGET = re.compile(r"(bpw|size|fit)\s*=\s*(.*)", re.IGNORECASE)
 _PLAN = "plan="
 _ATTEMPTS = 8
+_HALVINGS = 20
 Losses = Mapping[str, Mapping[str, float]]
 CountBytes = Callable[[GgufTypes], int]
 """From types to the bytes of all files of an export of them."""
@@ -88,22 +91,66 @@ def allocated(quant: str, config: LlamaConfig, options: ConvertOptions, count: C
     Raises PlanError where the smallest types are too large.
     """
     names, choices = _options(config, options)
-    budget, base = budget_bytes(quant, config, options), _types(quant, config, options, {})
-    cheapest = [min(each, key=lambda option: option[1].bits)[0] for each in choices]
-    floor = count(replace(base, assigned=dict(zip(names, cheapest, strict=True))))
-    fixed = floor - sum(min(option.bits for _, option in each) for each in choices) // 8
-    if floor > budget:
-        raise PlanError(_too_small(quant, config, options, floor, budget))
-    room = 8 * (budget - fixed)
-    for _ in range(_ATTEMPTS):
+    budget = budget_bytes(quant, config, options)
+
+    def types_of(chosen: Sequence[str]) -> GgufTypes:
+        return _types(quant, config, options, dict(zip(names, chosen, strict=True)))
+
+    def shared_out(room: int) -> GgufTypes:
         found = allocate([[option for _, option in each] for each in choices], room)
-        chosen = [each[i][0] for each, i in zip(choices, found.choice, strict=True)]
-        types = _types(quant, config, options, dict(zip(names, chosen, strict=True)))
-        over = count(types) - budget
-        if over <= 0:
-            return replace(types, remarks=_remarks(types, budget))
-        room -= 8 * over
-    raise PlanError(f"no types were found whose files have no more than {budget:,} bytes")
+        return types_of([each[i][0] for each, i in zip(choices, found.choice, strict=True)])
+
+    cheapest = types_of([min(each, key=lambda option: option[1].bits)[0] for each in choices])
+    least = sum(min(option.bits for _, option in each) for each in choices)
+    if quant.startswith("fit=") and options.runtime.gpu_layers is not None:
+        most = sum(max(option.bits for _, option in each) for each in choices)
+        count, search = card_bytes, partial(_largest, least, most)
+    else:
+        search = partial(_close, least + 8 * (budget - count(cheapest)))
+    if (floor := count(cheapest)) > budget:
+        raise PlanError(_too_small(quant, config, options, floor, budget))
+    types = search(shared_out, lambda found: count(found) - budget)
+    return replace(types, remarks=_remarks(types, budget))
+
+
+def _close(room: int, shared_out: Callable[[int], GgufTypes], over: CountBytes) -> GgufTypes:
+    """Return what fits of a room that is hardly too large: a head's length depends on the types."""
+    for _ in range(_ATTEMPTS):
+        types = shared_out(room)
+        if (excess := over(types)) <= 0:
+            return types
+        room -= 8 * excess
+    raise PlanError("no types were found whose files have no more bytes than that")
+
+
+def _largest(least: int, most: int, shared_out: Callable[[int], GgufTypes], over: CountBytes) -> GgufTypes:
+    """Return what fits of the largest room, between the cheapest types and the richest, by halving.
+
+    What is on a card hardly ever shrinks when the whole grows; where it does, another choice than the very
+    best may come out, and one that fits.
+    """
+    types = shared_out(most)
+    if over(types) <= 0:
+        return types
+    types = shared_out(least)
+    for _ in range(_HALVINGS):
+        middle = (least + most) // 2
+        tried = shared_out(middle)
+        if over(tried) <= 0:
+            types, least = tried, middle
+        else:
+            most = middle
+    return types
+
+
+def card_bytes(types: GgufTypes) -> int:
+    """Return the bytes of the tensors that are on the card."""
+    config, runtime = types.config, types.options.runtime
+    return sum(
+        padded(_n_bytes(types.choices[name].quant, shape))
+        for name, shape in config.tensor_shapes().items()
+        if on_card(config, runtime, name)
+    )
 
 
 def _options(
@@ -196,7 +243,13 @@ def predicted_loss(types: GgufTypes) -> float | None:
 def _remarks(types: GgufTypes, budget: int) -> tuple[str, ...]:
     if types.options.losses is None:
         return (f"at most {budget:,} bytes; the types are provisional: no losses have been predicted yet",)
-    return (f"at most {budget:,} bytes", *_loss_remark(types))
+    runtime = types.options.runtime
+    if not (types.recipe.name.startswith("fit=") and runtime.gpu_layers is not None):
+        return (f"at most {budget:,} bytes", *_loss_remark(types))
+    n_blocks = len(blocks_on_card(types.config, runtime))
+    there = f"the output matrix and {n_blocks} of {types.config.n_layers} blocks"
+    placed = f"on the card: {there}, {card_bytes(types):,} bytes of at most {budget:,}"
+    return (placed, *_loss_remark(types))
 
 
 def _loss_remark(types: GgufTypes) -> list[str]:

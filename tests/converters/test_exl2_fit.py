@@ -191,6 +191,7 @@ def test_a_card_from_the_command_line(
         (("exl2:fit=0",), "'0' is no amount"),
         (("exl2:fit=8GiB,h7",), "unknown 'h7'"),
         (("exl2:4", "--ctx", "512"), "--ctx: only for fit=, which is not asked for"),
+        (("exl2:fit=2GiB", "--ngl", "9"), "--ngl: only for gguf:fit=; exl2:fit=2GiB is on the card whole"),
         (
             ("exl2:fit=8GiB", "--cache", "q8_0"),
             "--cache q8_0: exl2:fit=8GiB is for exllamav2, whose caches are fp16, q8, q6, q4",

@@ -144,6 +144,46 @@ def test_a_fit_leaves_room_for_the_cache(checkpoint: Checkpoint, options: Conver
     assert [file.name for file in plan.files] == [f"demo-coder-fit-{beside + 2_500_000}.gguf"]
 
 
+@pytest.mark.parametrize(
+    ("layers", "blocks"), [(1, ()), (3, (3, 4)), (6, (0, 1, 2, 3, 4)), (99, (0, 1, 2, 3, 4))]
+)
+def test_with_layers_in_main_memory_those_on_the_card_fill_it(
+    checkpoint: Checkpoint, options: ConvertOptions, layers: int, blocks: tuple[int, ...]
+) -> None:
+    """llama.cpp: the output matrix is the first layer that goes to the card, the last blocks follow."""
+    config = checkpoint.config
+    prefixes = ("output", *(f"blk.{number}." for number in blocks))
+
+    def there(plan: Plan) -> int:
+        return sum(tensor.n_bytes for tensor in plan.tensors if tensor.written_name.startswith(prefixes))
+
+    runtime = Runtime(context=1000, gpu_layers=layers)
+    whole = Runtime(context=1000)
+    assert cache_bytes(config, runtime) == cache_bytes(config, whole) * len(blocks) // config.n_layers
+    smaller, larger = (planned(checkpoint, options, f"bpw={bpw}") for bpw in (3.0, 5.0))
+    budget = (there(smaller) + there(larger)) // 2
+    fit = beside_weights(config, runtime) + budget
+    plan = planned(checkpoint, options, f"fit={fit}", runtime=runtime)
+    assert 0.9 * budget < there(plan) <= budget
+    assert smaller.n_bytes < plan.n_bytes < larger.n_bytes
+    assert any("on the card: the output matrix and" in note for note in plan.notes)
+
+
+def test_layers_in_main_memory_leave_more_room_for_the_others(
+    checkpoint: Checkpoint, options: ConvertOptions
+) -> None:
+    fit = beside_weights(checkpoint.config, Runtime(context=1000)) + 2_000_000
+    sizes = [
+        planned(checkpoint, options, f"fit={fit}", runtime=Runtime(context=1000, gpu_layers=layers)).n_bytes
+        for layers in (6, 5, 4, 2)
+    ]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    with pytest.raises(PlanError) as caught:
+        tight = Runtime(context=1000, gpu_layers=4)
+        planned(checkpoint, options, f"fit={beside_weights(checkpoint.config, tight) + 1000}", runtime=tight)
+    assert "the smallest types need" in caught.value.reasons[0]
+
+
 def test_the_cache_of_a_known_model() -> None:
     """Llama 7B at 4096 tokens: 2 GiB in halves, as llama.cpp logs it; 8.5 and 4.5 of 16 bits otherwise."""
     assert cache_bytes(LARGE, Runtime(4096, "f16")) == 2 << 30
@@ -329,6 +369,7 @@ def test_options_that_mean_nothing_are_usage_errors(
         (("--curve", "-o", "plan.toml"), "-o: only with --to"),
         (("--to", "gguf:bpw=4", "--plot", "a.svg"), "--plot draws the curve"),
         (("--to", "gguf:bpw=4", "--reserve", "1G"), "--reserve: only for fit="),
+        (("--to", "gguf:bpw=4", "--ngl", "9"), "--ngl: only for fit="),
     ],
 )
 def test_plans_that_mean_nothing_are_usage_errors(
