@@ -14,6 +14,7 @@ Every block's result is a file, so that an interrupted run goes on.
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,10 @@ def relative_error(states: torch.Tensor, target: torch.Tensor, lengths: Sequence
             *(torch.split(each, list(lengths)) for each in (states, target)), strict=True
         )
     ]
-    return float(torch.stack(errors).mean())
+    error = float(torch.stack(errors).mean())
+    if not math.isfinite(error):
+        raise ValueError("states that are not finite numbers")
+    return error
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,8 @@ def _round_range(
     """Round the inputs start..end of `left` (K, N), handing errors on within the range."""
     for k in range(start, end):
         for n in range(left.shape[1]):
-            level = (left[k, n] / steps[n] + _ROUNDER) - _ROUNDER
+            # A step that halves cannot hold is zero, and so is every value.
+            level = (left[k, n] / steps[n] + _ROUNDER) - _ROUNDER if steps[n] > 0 else ZERO
             level = min(max(level, -zero), zero - ONE)
             codes[k, n] = np.uint8(level + zero)
             errors[k, n] = (left[k, n] - half(level * steps[n])) / upper[k, k]

@@ -69,6 +69,17 @@ def test_the_solver_does_what_it_states() -> None:
     assert float(losses[0] / losses[1]) == pytest.approx(1, abs=1e-3)
 
 
+def test_outputs_and_inputs_of_zeros_become_zeros() -> None:
+    W, H = torch.randn(64, 160, generator=torch.Generator().manual_seed(5)) * 0.05, hessian(160)
+    H[:, 96:] = H[96:] = 0
+    W[:, 96:] = 0
+    W[:, 150] = 1e-7
+    W[3] = 0
+    made = quantize(W, invert(H), GROUPS).weights()
+    assert bool(torch.isfinite(made).all())
+    assert not bool(made[:, 96:].any() or made[3].any())
+
+
 @pytest.mark.parametrize("n_outputs", [4, 300])
 def test_the_scales_are_the_best_of_those_tried(n_outputs: int) -> None:
     x = torch.randn(32, n_outputs, generator=torch.Generator().manual_seed(3)) * 0.1
