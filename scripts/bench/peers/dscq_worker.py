@@ -2,20 +2,23 @@
 
     python -m scripts.bench.peers.dscq_worker calibrate SOURCE ROWS ARCHIVE
     python -m scripts.bench.peers.dscq_worker export SOURCE ARCHIVE OUT CONFIG
+    python -m scripts.bench.peers.dscq_worker measure SOURCE ARCHIVE OUT CONFIG
+    python -m scripts.bench.peers.dscq_worker exl2 SOURCE ARCHIVE OUT CONFIG
     python -m scripts.bench.peers.dscq_worker quantize SOURCE ARCHIVE OUT CONFIG
 
 ROWS is a JSON list of rows of token ids. `export` is `dscq convert --to gptq:`, and CONFIG a JSON object of
 GptqSpec's fields, `effort` and `threads`; `quantize` runs the solver alone, one linear after the other, with
 the arguments of its Settings, or with "plain": true rounds to nearest and reads no archive. OUT is a folder
-in GPTQ's format. Beside what it writes, `ARCHIVE.json` or `OUT.json`, are the seconds, imports excluded, and
-the peak of the resident memory.
+in GPTQ's format. `measure` is the first part of `dscq convert --to exl2:` and leaves OUT/measurement.json,
+`exl2` the rest, with CONFIG's `quant`, `measurement` (its file), `effort` and `threads`. Beside what it
+writes, `ARCHIVE.json` or `OUT.json`, are the seconds, imports excluded, and the peak of the resident memory.
 """
 
 import json
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,14 @@ import torch
 from safetensors.torch import save_file
 
 from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.exl2_measure import measure
+from converters.exl2_measurement import NAME, measurement_key, read_measurement
 from converters.pipeline import convert
 from converters.plan import ConvertOptions, Request
 from converters.stats.archive import Archive, open_archive
 from converters.stats.prepare import CalibrateOptions
 from converters.stats.run import calibrate_checkpoint
+from converters.targets import parse_request
 from converters.targets.gptq_spec import GptqSpec
 from quantize.codecs.gptq import pack_codes, pack_zeros
 from quantize.llama import block_tensor
@@ -118,23 +124,53 @@ def export(source: str, folder: str, out: str, config: str) -> None:
     """Write the folder as `dscq convert --to gptq:` does."""
     arguments: dict[str, Any] = json.loads(config)
     effort, threads = arguments.pop("effort", "default"), arguments.pop("threads")
-    place = Path(f"{out}.exports")
+    options = ConvertOptions(Path(), n_threads=threads, archive=open_archive(Path(folder)), effort=effort)
+    convert_one(source, Request("gptq", str(GptqSpec(**arguments))), options, out)
+
+
+def measure_layouts(source: str, folder: str, out: str, config: str) -> None:
+    """Measure what each of EXL2's layouts costs each linear."""
+    arguments: dict[str, Any] = json.loads(config)
+    weights, path = open_checkpoint(source).weights, Path(out) / NAME
+    measure(open_archive(Path(folder)), weights, path, n_threads=arguments["threads"])
+
+
+def exl2(source: str, folder: str, out: str, config: str) -> None:
+    """Write the folder as `dscq convert --to exl2: --measurement` does."""
+    arguments: dict[str, Any] = json.loads(config)
+    archive = open_archive(Path(folder))
+    path = Path(arguments["measurement"])
+    measurement = read_measurement(path, archive.config, measurement_key(archive))
     options = ConvertOptions(
-        place, force=True, fresh=True, n_threads=threads, archive=open_archive(Path(folder)), effort=effort
+        Path(),
+        n_threads=arguments["threads"],
+        archive=archive,
+        effort=arguments.get("effort", "default"),
+        measurement=measurement,
     )
-    [written] = convert(open_checkpoint(source), [Request("gptq", str(GptqSpec(**arguments)))], options)
+    convert_one(source, parse_request(f"exl2:{arguments['quant']}"), options, out)
+
+
+def convert_one(source: str, request: Request, options: ConvertOptions, out: str) -> None:
+    """Convert to one format, from nothing, and name the folder `out`."""
+    options = replace(options, folder=Path(f"{out}.exports"), force=True, fresh=True)
+    [written] = convert(open_checkpoint(source), [request], options)
     written.place.rename(out)
 
 
+ACTIONS: Mapping[str, Callable[..., None]] = {
+    "calibrate": calibrate,
+    "export": export,
+    "quantize": quantize,
+    "measure": measure_layouts,
+    "exl2": exl2,
+}
+
+
 def main() -> None:
-    """Do one of the three and report."""
+    """Do one of them and report."""
     started, (action, *arguments) = time.monotonic(), sys.argv[1:]
-    if action == "calibrate":
-        calibrate(*arguments)
-    elif action == "export":
-        export(*arguments)
-    else:
-        quantize(*arguments)
+    ACTIONS[action](*arguments)
     report(Path(arguments[2]), started)
 
 
