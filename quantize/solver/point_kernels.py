@@ -177,9 +177,9 @@ def place(A: Floats, signs: Floats, h: Floats, book: Book, room: Any, values: Fl
             tail[lane] = sums[m, lane]
     sums[0, (1 + m) * LANES :] = ZERO
     for half in range(len(tails)):
-        if first[half] == first[half + 1]:
-            continue
-        _climb(A, 0, n, book, half, terms, sums)
+        _climb(
+            A, 0, n, book, half, terms, sums
+        )  # also where no point begins so: the next one goes on from it
         for p in range(first[half], first[half + 1], 4):
             t0, t1, t2, t3 = (
                 tails[second[p]],
