@@ -30,6 +30,7 @@ from quantize.llama import EMBEDDING, HEAD, LlamaConfig
 from quantize.reference import INPUTS
 from quantize.solver import SOLVING
 from quantize.solver.block_factor import DAMP, BlockFactor, prepare_blocks
+from quantize.solver.blocks import compensated_types
 from quantize.type_errors import Rounding, predict_types, predicted_kl, token_frequencies, usable_types
 
 Losses = Mapping[str, Mapping[str, float]]
@@ -135,7 +136,7 @@ def _place(options: ConvertOptions) -> tuple[Path, str]:
         "versions": [_VERSION, ENCODING, SOLVING, type_errors.ROWS, dict(type_errors.SENSITIVITY)],
         "model": archive.manifest.request.model,
         "members": members,
-        "compensate": options.compensate,
+        "compensated": list(compensated_types()) if options.compensate else [],
         "importances": _digest(options.importances),
     }
     key = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()

@@ -14,6 +14,8 @@ independent; within a row, the errors of correlated columns can cancel, and that
     kernels      the inner loops over columns on the CPU
     blocks       ggml's block types: a Hessian factored by super-blocks (block_factor), what their fields can
                  hold (block_grids), and compiled loops (block_kernels, search_kernels, refit_kernels)
+    points       the same for IQ2 and IQ3, whose codes are points of several weights (point_kernels,
+                 point_round_kernels, point_move_kernels)
 
 Nothing here knows a file: GPTQ's groups, ggml's blocks and EXL2's rows are all such grids.
 """

@@ -1,14 +1,14 @@
 """A Hessian factored by blocks of 256 columns, for quantize/solver/blocks.py, which says what for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from quantize.errors import UsageError
 from quantize.products import linear
 from quantize.solver.descend import in_place
-from quantize.solver.factor import Factor, prepare
+from quantize.solver.factor import Factor, column_order, prepare
 
 WIDTH = 256
 """Columns that are solved together: a super-block."""
@@ -18,6 +18,19 @@ _DEAD = 1e-3  # of the mean diagonal: what a column weighs that never has an inp
 
 SubFactors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Of each of G sub-blocks of n columns: their order, int64 (G, n), Ũᵀ, f32 (G, n, n), and D, f32 (G, n)."""
+
+
+@dataclass(frozen=True)
+class PointFactor:
+    """S of a super-block factored by groups of n columns: S = M D Mᵀ, D zero but for blocks of n x n.
+
+    `order`, int64 (w,), are the columns as they are rounded; `feedback`, f32 (w, w), is Mᵀ and `conditional`,
+    f32 (w / n, n, n), the blocks of D, both in that order: as for blocks of 256 in `BlockStep`.
+    """
+
+    order: torch.Tensor
+    feedback: torch.Tensor
+    conditional: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,16 @@ class BlockStep:
     local: SubFactors
     feedback: torch.Tensor
     subs: Mapping[int, SubFactors]
+    _points: dict[tuple[int, int], PointFactor] = field(default_factory=dict, repr=False, compare=False)
+
+    def by_points(self, sub: int, n: int) -> PointFactor:
+        """Return S_b factored by groups of n columns, made when it is first asked for.
+
+        Sub-blocks of `sub` columns stay together, and octets in them; each come by their largest diagonal.
+        """
+        if (sub, n) not in self._points:
+            self._points[sub, n] = _point_factor(self.hessian, sub, n)
+        return self._points[sub, n]
 
 
 @dataclass(frozen=True)
@@ -104,6 +127,24 @@ def _sub_factors(S: torch.Tensor, n: int) -> SubFactors:
     diagonal = torch.diagonal(lower, dim1=1, dim2=2)
     feedback = (lower / diagonal[:, None, :]).mT.float().contiguous()
     return order, feedback, diagonal.square().float()
+
+
+def _point_factor(S: torch.Tensor, sub: int, n: int) -> PointFactor:
+    """Factor S by groups of n columns; f64, as in `_sub_factors`."""
+    order = column_order(S.diagonal(), "group", sub)
+    order = torch.cat([_octets(S.diagonal(), columns) for columns in order.reshape(-1, sub)])
+    root = torch.linalg.cholesky(S.double()[order][:, order].flip(0, 1)).flip(0, 1)
+    columns = root.reshape(len(S), -1, n).transpose(0, 1)
+    inside = torch.stack([root[k : k + n, k : k + n] for k in range(0, len(S), n)])
+    unit = torch.linalg.solve_triangular(inside, columns, upper=True, left=False)
+    feedback = unit.transpose(1, 2).reshape(len(S), len(S))
+    return PointFactor(order, feedback.float().contiguous(), (inside @ inside.mT).float().contiguous())
+
+
+def _octets(diagonal: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return columns by octets, those with the largest diagonal first, each octet's as they lie."""
+    octets = columns.sort().values.reshape(-1, 8)
+    return octets[diagonal[octets].amax(1).argsort(descending=True, stable=True)].flatten()
 
 
 def _bounds(order: torch.Tensor) -> list[tuple[int, int]]:

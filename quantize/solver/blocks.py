@@ -16,27 +16,35 @@ the scales are refitted to the codes and the codes moved to their best, all unde
     default   three grids beside each other, a round
     high      all grids nearby, two rounds; then two sweeps over all blocks under H itself, with two rounds
 
+IQ2 and IQ3, whose codes are points of eight or four weights, are solved inside a block by
+quantize/solver/points.py, in the same walk, with the same efforts: one, three or five integer scales beside
+each other.
+
 The order of blocks is that of their largest diagonal element. Rows are independent of each other, up to how
 the matrix products sum (then a near-tie may fall to the other side).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from quantize.codecs.base import Codec
+from quantize.codecs.fields import FieldCodec
 from quantize.codecs.native.arithmetic import Floats
 from quantize.errors import UsageError
 from quantize.products import linear
 from quantize.solver import block_kernels, refit_kernels, search_kernels
-from quantize.solver.block_factor import BlockFactor, BlockStep
+from quantize.solver.block_factor import WIDTH, BlockFactor, BlockStep
 from quantize.solver.block_grids import SHAPES, BlockScales, BlockShape, join, packed, searched_scales
 from quantize.solver.compensate import array
 from quantize.solver.linears import Effort
+from quantize.solver.points import POINT_SHAPES, PointPart, solve_points
 
 TRIES: Mapping[str, int] = {"fast": 1, "default": 3, "high": 19}
+POINT_TRIES: Mapping[str, int] = {"fast": 1, "default": 3, "high": 5}
 ROUNDS: Mapping[str, int] = {"fast": 0, "default": 1, "high": 2}
 SWEEPS: Mapping[str, int] = {"fast": 0, "default": 0, "high": 2}
 _SWEEP_ROUNDS = 2
@@ -46,7 +54,7 @@ _WAYS_OF_STEPS = ((-1, 0), (1, 0))
 
 def compensated_types() -> tuple[str, ...]:
     """Return the names of the quant types that `encode_compensated` writes."""
-    return tuple(SHAPES)
+    return (*SHAPES, *POINT_SHAPES)
 
 
 def encode_compensated(
@@ -61,14 +69,20 @@ def encode_compensated(
     _check(kind, W, factor, effort)
     if not len(W):
         return torch.empty(0, kind.row_bytes(W.shape[1]), dtype=torch.uint8)
-    codes, scales = _solve(kind, W.float().contiguous(), factor, effort)
-    return packed(kind, codes, scales)
+    parts = _solve(kind, W.float().contiguous(), factor, effort)
+    levels, points = (
+        [p for p in parts if isinstance(p, _Part)],
+        [p for p in parts if isinstance(p, PointPart)],
+    )
+    if points:
+        return torch.cat([part.blocks() for part in points], 1)
+    return packed(kind, torch.cat([part.codes for part in levels], 1), join([part.scales for part in levels]))
 
 
 def _check(kind: Codec, W: torch.Tensor, factor: BlockFactor, effort: str) -> None:
     reasons = []
-    if kind.name not in SHAPES:
-        reasons.append(f"{kind.name}: error-compensated types are {', '.join(SHAPES)}")
+    if kind.name not in compensated_types():
+        reasons.append(f"{kind.name}: error-compensated types are {', '.join(compensated_types())}")
     if effort not in ROUNDS:
         reasons.append(f"effort {effort!r}: known are {', '.join(ROUNDS)}")
     if W.ndim != 2 or W.shape[1] != len(factor.hessian):
@@ -81,46 +95,80 @@ def _check(kind: Codec, W: torch.Tensor, factor: BlockFactor, effort: str) -> No
         raise UsageError("this matrix cannot be rounded with compensation", reasons=reasons)
 
 
+class Part(Protocol):
+    """A block's columns of some rows, rounded."""
+
+    def values(self) -> torch.Tensor:
+        """Return the weights, f32 (N, w), as they are decoded."""
+
+    def misses(self, W: torch.Tensor) -> torch.Tensor:
+        """Return W - Ŵ, f32 (N, w)."""
+
+    def improve(self, gradient: torch.Tensor, H: torch.Tensor, rounds: int) -> None:
+        """Refit scales to codes and move codes to their best; gradient f32 (N, w), (W - Ŵ) H, is lost."""
+
+
 @dataclass
 class _Part:
-    """A block's columns of some rows: codes, uint8 (N, w), and scales."""
+    """Codes, uint8 (N, w), and scales."""
 
     codes: torch.Tensor
     scales: BlockScales
 
+    def values(self) -> torch.Tensor:
+        return self.scales.grid().values(self.codes)
 
-def _solve(
-    kind: Codec, W: torch.Tensor, factor: BlockFactor, effort: str
-) -> tuple[torch.Tensor, BlockScales]:
-    """Walk over the blocks, then sweep over them; return the codes, (N, K), and all scales."""
+    def misses(self, W: torch.Tensor) -> torch.Tensor:
+        out, levels = torch.empty_like(W), array(self.scales.shape.levels())
+        block_kernels.misses(W.numpy(), self.codes.numpy(), *_pair(self.scales), levels, out.numpy())
+        return out
+
+    def improve(self, gradient: torch.Tensor, H: torch.Tensor, rounds: int) -> None:
+        levels = _levels(self.scales.shape)
+        for k in range(rounds):
+            self.scales, moves = refit_blocks(self.codes, self.scales, gradient, H)
+            gradient -= linear(moves, H)
+            changed = self.codes.numpy(), moves.numpy()
+            block_kernels.move_block(gradient.numpy(), H.numpy(), *levels, *_pair(self.scales), *changed)
+            if k + 1 < rounds:
+                gradient -= linear(moves, H)
+
+
+def _solve(kind: Codec, W: torch.Tensor, factor: BlockFactor, effort: str) -> list[Part]:
+    """Walk over the blocks, then sweep over them; return them in the order of the columns."""
     target = torch.cat([_columns(W, step) for step in factor.steps], 1)
-    parts: dict[int, _Part] = {}
+    parts: dict[int, Part] = {}
     end = 0
     for step in factor.steps:
         start, end = end, end + len(step.hessian)
         part = _solve_block(kind, target[:, start:end].contiguous(), factor, step, effort)
         parts[step.start] = part
         if end < target.shape[1]:
-            target[:, end:] += linear(_misses(_columns(W, step).contiguous(), part), step.feedback)
+            target[:, end:] += linear(part.misses(_columns(W, step).contiguous()), step.feedback)
     ordered = [parts[start] for start in sorted(parts)]
     for _ in range(SWEEPS[effort]):
         _sweep(W, ordered, factor.hessian)
-    return torch.cat([part.codes for part in ordered], 1), join([part.scales for part in ordered])
+    return ordered
 
 
 def _columns(W: torch.Tensor, step: BlockStep) -> torch.Tensor:
     return W[:, step.start : step.start + len(step.hessian)]
 
 
-def _solve_block(kind: Codec, goal: torch.Tensor, factor: BlockFactor, step: BlockStep, effort: str) -> _Part:
+def _solve_block(kind: Codec, goal: torch.Tensor, factor: BlockFactor, step: BlockStep, effort: str) -> Part:
     """Round one block's columns to what is best given all blocks before."""
     importance = factor.importance[step.start : step.start + goal.shape[1]].contiguous()
-    scales = searched_scales(kind, goal, importance)
-    if TRIES[effort] > 1:
-        scales = search_beside(goal, scales, step, TRIES[effort])
-    part = _round(goal, scales, step)
+    part: Part
+    if kind.name in POINT_SHAPES:
+        assert isinstance(kind, FieldCodec)
+        part = solve_points(kind, goal, importance, step, POINT_TRIES[effort])
+    else:
+        scales = searched_scales(kind, goal, importance)
+        if TRIES[effort] > 1:
+            scales = search_beside(goal, scales, step, TRIES[effort])
+        part = _round(goal, scales, step)
     if ROUNDS[effort]:
-        _improve(part, linear(_misses(goal, part), step.hessian), step.hessian, ROUNDS[effort])
+        part.improve(linear(part.misses(goal), step.hessian), step.hessian, ROUNDS[effort])
     return part
 
 
@@ -133,31 +181,17 @@ def _round(goal: torch.Tensor, scales: BlockScales, step: BlockStep) -> _Part:
     return _Part(codes, scales)
 
 
-def _sweep(W: torch.Tensor, parts: Sequence[_Part], H: torch.Tensor) -> None:
+def _sweep(W: torch.Tensor, parts: Sequence[Part], H: torch.Tensor) -> None:
     """Improve each block once more under H, all others held; `parts` are in the order of the columns."""
-    columns = torch.split(W, [part.codes.shape[1] for part in parts], 1)
-    errors = [_misses(w.contiguous(), part) for w, part in zip(columns, parts, strict=True)]
+    columns = torch.split(W, WIDTH, 1)
+    errors = [part.misses(w.contiguous()) for w, part in zip(columns, parts, strict=True)]
     gradient = linear(torch.cat(errors, 1), H)
-    end = 0
-    for part in parts:
-        start, end = end, end + part.codes.shape[1]
-        before = part.scales.grid().values(part.codes)
+    for start, part in zip(range(0, len(H), WIDTH), parts, strict=True):
+        end = min(start + WIDTH, len(H))
+        before = part.values()
         inside = H[start:end, start:end].contiguous()
-        _improve(part, gradient[:, start:end].clone(), inside, _SWEEP_ROUNDS)
-        moves = part.scales.grid().values(part.codes) - before
-        gradient -= linear(moves, H[:, start:end].contiguous())
-
-
-def _improve(part: _Part, gradient: torch.Tensor, H: torch.Tensor, rounds: int) -> None:
-    """Refit the scales to the codes and move the codes to their best, `rounds` times; gradient is lost."""
-    levels = _levels(part.scales.shape)
-    for k in range(rounds):
-        part.scales, moves = refit_blocks(part.codes, part.scales, gradient, H)
-        gradient -= linear(moves, H)
-        changed = part.codes.numpy(), moves.numpy()
-        block_kernels.move_block(gradient.numpy(), H.numpy(), *levels, *_pair(part.scales), *changed)
-        if k + 1 < rounds:
-            gradient -= linear(moves, H)
+        part.improve(gradient[:, start:end].clone(), inside, _SWEEP_ROUNDS)
+        gradient -= linear(part.values() - before, H[:, start:end].contiguous())
 
 
 def refit_blocks(
@@ -232,10 +266,3 @@ def _pair(scales: BlockScales) -> tuple[Floats, Floats]:
     """Return scale and base of each sub-block, f32 (N, G)."""
     grid = scales.grid()
     return array(grid.scale), array(grid.base)
-
-
-def _misses(W: torch.Tensor, part: _Part) -> torch.Tensor:
-    """Return W - Ŵ, f32 (N, w)."""
-    out, levels = torch.empty_like(W), array(part.scales.shape.levels())
-    block_kernels.misses(W.numpy(), part.codes.numpy(), *_pair(part.scales), levels, out.numpy())
-    return out

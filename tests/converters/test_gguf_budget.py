@@ -217,8 +217,10 @@ def test_losses_are_kept_and_told_apart(
     assert "IQ2_XS" not in options.losses[EMBEDDING] and "Q2_K" in options.losses[EMBEDDING]
     assert kept_losses(replace(options, compensate=False)) is None
     assert kept_losses(replace(options, importances=None)) is None
-    monkeypatch.setattr(type_losses, "SOLVING", 99)
-    assert kept_losses(options) is None
+    for name, value in (("SOLVING", 99), ("compensated_types", lambda: ("Q2_K",))):
+        with monkeypatch.context() as patch:
+            patch.setattr(type_losses, name, value)
+            assert kept_losses(options) is None
 
 
 def test_losses_do_not_depend_on_threads(checkpoint: Checkpoint, options: ConvertOptions) -> None:

@@ -40,11 +40,12 @@ def test_a_sample_is_near_the_whole_matrix_for_every_type() -> None:
 def test_few_rows_are_measured_whole_by_the_right_encoder() -> None:
     W, H = problem(24, 256)
     factor, importance = prepare_blocks(H), H.diagonal().contiguous()
-    found = predict_types(W, ("Q3_K", "IQ2_XS"), Rounding(factor, importance), H)
+    found = predict_types(W, ("Q3_K", "IQ2_XS", "IQ1_S"), Rounding(factor, importance), H)
     energy = float(loss(W, torch.zeros_like(W), H).double().sum())
     made = {
         "Q3_K": encode_compensated(codec("Q3_K"), W, factor),
-        "IQ2_XS": codec("IQ2_XS").encode(W, importance),
+        "IQ2_XS": encode_compensated(codec("IQ2_XS"), W, factor),
+        "IQ1_S": codec("IQ1_S").encode(W, importance),
     }
     for quant, blocks in made.items():
         lost = float(loss(W, codec(quant).decode(blocks, 256), H).double().sum())
