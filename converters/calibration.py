@@ -40,6 +40,7 @@ class CalibrateChoices(OpenChoices):
     long_rows: int
     seed: int
     diagonal_only: bool
+    sensitivity: bool
     add: Path | None
     fresh: bool
     force: bool
@@ -164,6 +165,7 @@ def _calibrate_options(choices: CalibrateChoices) -> "CalibrateOptions":
         folder=choices.output,
         device=choices.device or "cpu",
         diagonal_only=choices.diagonal_only,
+        sensitivity=choices.sensitivity,
         add=choices.add,
         on_nonfinite=choices.on_nonfinite,
         fresh=choices.fresh,
@@ -204,6 +206,7 @@ def gather(
             corpus.identity,
             options,
             lambda done, total: report("calibrate", done, total),
+            lambda done, total: report("sensitivity", done, total),
         )
     n_bytes = sum(member.n_bytes for member in archive.manifest.members.values())
     if rank() == 0:

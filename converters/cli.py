@@ -106,6 +106,11 @@ def convert(quiet: bool, as_json: bool, **chosen: Any) -> None:
 @click.option("--output", "-o", type=click.Path(path_type=Path), default=Path("stats"), show_default=True)
 @click.option("--diagonal-only", is_flag=True, help="Only what an imatrix needs: a small archive.")
 @click.option(
+    "--sensitivity",
+    is_flag=True,
+    help="Let tokens count by what errors at them do to the output: better files, about three times as long.",
+)
+@click.option(
     "--add", type=EXISTING_FOLDER, help="Another archive of this model, to be added to the new one."
 )
 @click.option("--fresh", is_flag=True, help="Start over, in place of going on with an interrupted run.")

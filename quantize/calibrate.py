@@ -16,15 +16,17 @@ Rows do not see each other, and sums do not depend on their order beyond roundin
 micro-batches and ranks change the result by less than 1e-5 of it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from quantize.errors import CalibrationError
 from quantize.ranks import Ranks, share_out
 from quantize.reference import HEAD_INPUT, INPUTS, Block, ReferenceModel, full_f32
+from quantize.sensitivity import TokenWeights
 from quantize.states import Pack, States, packs
 from quantize.statistics import SecondMoment
 
@@ -56,19 +58,27 @@ class Settings:
 
 
 Moments = dict[str, SecondMoment]
+Weigh = Callable[[str, Pack], torch.Tensor | None]
+"""From an input and a pack to a factor for each token's inputs, f32 (n,)."""
 
 
 class Calibration:
     """A model and rows of `lengths` tokens: yields the sums of block after block.
 
     With several ranks every rank makes one over all rows; it works on its own share of them, `rows`, and all
-    get the same sums.
+    get the same sums. With `weights` each token counts so often.
     """
 
     def __init__(
-        self, model: ReferenceModel, lengths: Sequence[int], settings: Settings, ranks: Ranks | None = None
+        self,
+        model: ReferenceModel,
+        lengths: Sequence[int],
+        settings: Settings,
+        ranks: Ranks | None = None,
+        weights: TokenWeights | None = None,
     ) -> None:
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.weights = model, settings, weights
+        self._starts = [0, *accumulate(lengths)]
         self.ranks = ranks if ranks is not None else Ranks()
         self.rows = share_out(lengths, self.ranks.count)[self.ranks.number]
         self.lengths = [lengths[row] for row in self.rows]
@@ -123,7 +133,7 @@ class Calibration:
         block = self.model.widen(stored)
         widths = {INPUTS[name]: shape[1] for name, shape in self._linears().items()}
         moments = self._moments(widths)
-        watch = _Watch(layer, moments)
+        watch = _Watch(layer, moments, self._weighing(layer))
         with full_f32():
             for pack in self._packs():
                 state = states.read(pack.start, pack.end).to(self.model.device)
@@ -134,6 +144,21 @@ class Calibration:
         states.turn()  # before the ranks meet: whoever comes out of that knows that all states are safe
         self._finish(watch)
         return moments
+
+    def _weighing(self, layer: int) -> "Weigh | None":
+        """Return what scales a pack's inputs, so that their squares count by the tokens' weights."""
+        if self.weights is None:
+            return None
+        found = self.weights
+
+        def weigh(name: str, pack: Pack) -> torch.Tensor | None:
+            of_all = found.of(layer, name)
+            if of_all is None:
+                return None
+            rows = [of_all[self._starts[row] : self._starts[row + 1]] for row in pack.rows]
+            return torch.cat(rows).sqrt().to(self.model.device)
+
+        return weigh
 
     def _linears(self) -> dict[str, tuple[int, ...]]:
         return {name: shape for name, shape in self.model.config.block_shapes().items() if name in INPUTS}
@@ -171,8 +196,8 @@ class Calibration:
 class _Watch:
     """Sees every input of a block: adds it to its sum, and notes rows that are not finite."""
 
-    def __init__(self, layer: int, moments: Moments) -> None:
-        self.layer, self.moments = layer, moments
+    def __init__(self, layer: int, moments: Moments, weigh: "Weigh | None" = None) -> None:
+        self.layer, self.moments, self._weigh = layer, moments, weigh
         self.faults: dict[int, Dropped] = {}
         self._pack: Pack | None = None
 
@@ -181,6 +206,10 @@ class _Watch:
         self._pack = pack
 
     def __call__(self, name: str, inputs: torch.Tensor, start: int) -> None:
+        if self._weigh is not None and self._pack is not None:
+            factors = self._weigh(name, self._pack)
+            if factors is not None:
+                inputs = inputs * factors[start : start + len(inputs), None]
         # One pass over the data, and one number to wait for; a sum that overflows is looked at again.
         if not bool(inputs.sum().isfinite()):
             inputs = self._finite(name, inputs, start)

@@ -15,7 +15,7 @@ from converters.checkpoint import Checkpoint
 from converters.imatrix import Importances
 from converters.stats import members
 from converters.stats.fingerprint import differences, fingerprint
-from converters.stats.manifest import Manifest, read_manifest
+from converters.stats.manifest import SENSITIVE, Manifest, read_manifest
 from converters.stats.members import HEAD, ROWS, Rows, block_member
 from quantize import llama
 from quantize.errors import ArchiveError
@@ -43,6 +43,11 @@ class Archive:
     def diagonal_only(self) -> bool:
         """Whether the archive has no Hessians."""
         return bool(self.manifest.request.options["diagonal_only"])
+
+    @property
+    def sensitive(self) -> bool:
+        """Whether tokens count by their gradients, and not alike."""
+        return self.manifest.request.options.get("tokens") == SENSITIVE
 
     def linears(self) -> list[str]:
         """Return the checkpoint's names of all matrices that the archive has statistics for."""
@@ -82,6 +87,13 @@ class Archive:
     def token_counts(self) -> torch.Tensor:
         """Return how often each token occurs in the rows, int64 (vocab_size,)."""
         return self._tensors(HEAD, ["token_counts"])["token_counts"]
+
+    def gradients(self) -> dict[str, float] | None:
+        """Return the mean |g|^2 at each linear's output by its tensor's name; None where all count alike."""
+        if not self.sensitive:
+            return None
+        found = members.gradients_of(self._tensors(HEAD, [members.GRADIENTS])[members.GRADIENTS])
+        return {block_tensor(layer, name): value for (layer, name), value in found.items()}
 
     def rows(self) -> Rows:
         """Return the rows of token ids that were calibrated with."""

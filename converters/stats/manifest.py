@@ -4,7 +4,8 @@ It is written last, so a folder that has one is a whole archive.
 
     format    "dscq-statistics"            version   1
     request   model: the fingerprint; corpus: what the caller says about the rows; rows_sha256; options: what
-              else the statistics depend on (micro_batch, device, ranks, diagonal_only, on_nonfinite, add)
+              else the statistics depend on (micro_batch, device, ranks, diagonal_only, on_nonfinite, add, and
+              tokens where they do not count alike)
     threads   of torch, on each rank: they decide the last bit
     n_tokens  tokens of all rows           n_rows    their number
     kinds     the kinds of rows; rows.safetensors holds numbers into this list
@@ -25,6 +26,8 @@ from quantize.errors import ArchiveError
 NAME = "stats.json"
 PROGRESS = "progress.json"
 """What there is in place of the manifest while a run is not finished."""
+SENSITIVE = "sensitive"
+"""The option `tokens` of an archive whose tokens count by their gradients; others have no such option."""
 FORMAT, VERSION = "dscq-statistics", 1
 _HINT = "calibrate again with --fresh"
 

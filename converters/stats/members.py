@@ -5,8 +5,12 @@ block-00000.safetensors ...   for each input of the block's linears (attention_i
                                   <input>.n_tokens       I64 (1,)
                                   <input>.diagonal       F32 (K,)             mean of x_j^2
                                   <input>.correlations   I16 (K*(K-1)/2,)     see quantize/statistics.py
-head.safetensors              the same of head_input, and token_counts I64 (vocab_size,)
+head.safetensors              the same of head_input, and token_counts I64 (vocab_size,); and, where tokens
+                              count by their gradients, gradients F32 (n_layers, 7): the mean |g|^2 of q, k, v,
+                              o, gate, up, down
 rows.safetensors              ids I32 (n_tokens,), lengths I32 (n_rows,), kinds U8 (n_rows,)
+weights.safetensors           only until the run is done, where tokens count by their gradients:
+                              <layer>.<input> F32 (n_tokens,) for each block and input
 """
 
 import hashlib
@@ -27,7 +31,8 @@ from quantize.llama import LlamaConfig
 from quantize.reference import INPUTS
 from quantize.statistics import PackedStatistics
 
-HEAD, ROWS = "head.safetensors", "rows.safetensors"
+HEAD, ROWS, WEIGHTS = "head.safetensors", "rows.safetensors", "weights.safetensors"
+GRADIENTS = "gradients"
 _HEADER_BYTES = 4096  # more than the header of any member
 _CHUNK = 1 << 22
 
@@ -70,6 +75,18 @@ class Rows:
 def block_member(layer: int | Literal["*"]) -> str:
     """Return the name of a block's file, or the pattern of all."""
     return f"block-{layer if layer == '*' else f'{layer:05d}'}.safetensors"
+
+
+def gradient_tensor(gradients: Mapping[tuple[int, str], float]) -> torch.Tensor:
+    """Return mean squared gradients by (layer, linear) as the archive stores them."""
+    n_layers = 1 + max(layer for layer, _ in gradients)
+    return torch.tensor([[gradients[layer, name] for name in INPUTS] for layer in range(n_layers)])
+
+
+def gradients_of(tensor: torch.Tensor) -> dict[tuple[int, str], float]:
+    """Return what `gradient_tensor` stored."""
+    rows = enumerate(tensor.tolist())
+    return {(layer, name): value for layer, row in rows for name, value in zip(INPUTS, row, strict=True)}
 
 
 def gather_rows(rows: Sequence[TokenRow]) -> Rows:

@@ -12,10 +12,11 @@ from converters.disk import PARTIAL, check_room, explained
 from converters.stats import manifest, progress
 from converters.stats.archive import Archive, open_archive
 from converters.stats.fingerprint import differences, fingerprint
-from converters.stats.manifest import Request, read_manifest
+from converters.stats.manifest import SENSITIVE, Request, read_manifest
 from converters.stats.members import (
     HEAD,
     ROWS,
+    WEIGHTS,
     Rows,
     TokenRow,
     archive_bytes,
@@ -27,6 +28,7 @@ from converters.stats.progress import Progress, read_progress
 from quantize.calibrate import micro_batch_for
 from quantize.errors import ArchiveError, OutputError, UsageError
 from quantize.llama import LlamaConfig
+from quantize.reference import INPUTS
 
 STATES = "states-"
 _MOST_KINDS = 256
@@ -41,7 +43,8 @@ class CalibrateOptions:
     is another archive of the same model, whose statistics and rows go into the new one; with `on_nonfinite`
     "drop" a row with activations that are not finite is left out (and recorded) rather than an error;
     `micro_batch` is in tokens, None: by the memory that is free, or as an earlier run began; `fresh` starts
-    over, and replaces an archive that is there.
+    over, and replaces an archive that is there. With `sensitivity` tokens count by their gradients
+    (quantize/sensitivity.py) and not alike.
     """
 
     folder: Path
@@ -51,6 +54,7 @@ class CalibrateOptions:
     on_nonfinite: Literal["stop", "drop"] = "stop"
     micro_batch: int | None = None
     fresh: bool = False
+    sensitivity: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,13 +105,14 @@ def needed_bytes(config: LlamaConfig, rows: Rows, base: Archive | None, options:
     """Return the bytes of disk that the run takes: the archive, and until it is done the states, twice."""
     n_tokens = len(rows.ids) + (base.manifest.n_tokens if base is not None else 0)
     states = 2 * 4 * len(rows.ids) * config.hidden_size
-    return archive_bytes(config, n_tokens, options.diagonal_only) + states
+    weights = 4 * len(rows.ids) * config.n_layers * len(set(INPUTS.values())) if options.sensitivity else 0
+    return archive_bytes(config, n_tokens, options.diagonal_only) + states + weights
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what was only needed to go on; raises OutputError."""
     with explained(folder):
-        for path in (*folder.glob(f"{STATES}*"), folder / progress.NAME):
+        for path in (*folder.glob(f"{STATES}*"), folder / WEIGHTS, folder / progress.NAME):
             path.unlink(missing_ok=True)
 
 
@@ -121,7 +126,7 @@ def _clear(folder: Path) -> None:
 
 def _ours(folder: Path) -> list[Path]:
     """Return the files of the folder that a calibration writes."""
-    names = (manifest.NAME, progress.NAME, block_member("*"), HEAD, ROWS)
+    names = (manifest.NAME, progress.NAME, block_member("*"), HEAD, ROWS, WEIGHTS)
     patterns = (*names, *(f"{name}{PARTIAL}" for name in names), f"{STATES}*", progress.LOCK)
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
@@ -180,6 +185,8 @@ def _base(options: CalibrateOptions, model: Mapping[str, Any]) -> Archive:
     reasons = differences(base.manifest.request.model, model)
     if base.diagonal_only != options.diagonal_only:
         reasons.append("one has Hessians, the other the diagonals only")
+    if base.sensitive != options.sensitivity:
+        reasons.append("in one tokens count by their gradients, in the other alike")
     if reasons:
         raise ArchiveError(f"{options.add}: cannot be added to", reasons=reasons)
     return base
@@ -205,7 +212,7 @@ def _request(
     if micro_batch is None:
         config = LlamaConfig(**model["config"])
         micro_batch = micro_batch_for(
-            max(config.hidden_size, config.intermediate_size), _free(options.device)
+            max(config.hidden_size, config.intermediate_size), free_bytes(options.device)
         )
     how = {
         "micro_batch": micro_batch,
@@ -215,10 +222,12 @@ def _request(
         "on_nonfinite": options.on_nonfinite,
         "add": None if base is None else file_hash(base.folder / manifest.NAME),
     }
+    if options.sensitivity:  # archives from before there was the choice have no such entry
+        how["tokens"] = SENSITIVE
     return Request(model, corpus, rows.sha256(), how)
 
 
-def _free(device: str) -> int:
+def free_bytes(device: str) -> int:
     """Return the bytes of memory that are free where the forward runs."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])

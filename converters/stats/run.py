@@ -1,6 +1,7 @@
 """`calibrate_checkpoint`: a checkpoint and rows of tokens become a statistics archive.
 
     prepare    the rows, the folder, what an earlier run has left, the room on the disk (prepare.py)
+    weights    where tokens count by their gradients: a pass back and forth, kept until the run is done
     embed      the states of all rows
     blocks     member after member; progress is noted after each
     head       the output matrix's input, token counts, the rows
@@ -9,6 +10,7 @@
 Several ranks (torchrun) share the rows and the folder. Rank 0 decides and writes; its errors are everybody's.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -22,16 +24,29 @@ from converters.disk import explained
 from converters.stats.archive import Archive, open_archive
 from converters.stats.manifest import Manifest, Member, write_manifest
 from converters.stats.members import (
+    GRADIENTS,
     HEAD,
     ROWS,
+    WEIGHTS,
     TokenRow,
     block_member,
+    gradient_tensor,
+    gradients_of,
     join_rows,
+    read_member,
     row_tensors,
     statistic_tensors,
     write_member,
 )
-from converters.stats.prepare import STATES, CalibrateOptions, Task, check_rows, prepare, remove_leftovers
+from converters.stats.prepare import (
+    STATES,
+    CalibrateOptions,
+    Task,
+    check_rows,
+    free_bytes,
+    prepare,
+    remove_leftovers,
+)
 from converters.stats.progress import Progress, locked, write_progress
 from converters.stats.states import FileStates
 from quantize import llama
@@ -40,6 +55,7 @@ from quantize.errors import DscqError, UsageError
 from quantize.llama import block_tensor
 from quantize.ranks import Ranks, joined_ranks, rank_device
 from quantize.reference import HEAD_INPUT, INPUTS, OnBlock, ReferenceModel, usable_device
+from quantize.sensitivity import TokenWeights, chunk_tokens_for, token_weights
 from quantize.statistics import PackedStatistics, SecondMoment, merge, pack
 
 Result = TypeVar("Result")
@@ -51,12 +67,14 @@ def calibrate_checkpoint(
     identity: Mapping[str, Any],
     options: CalibrateOptions,
     on_block: OnBlock | None = None,
+    on_weights: OnBlock | None = None,
 ) -> Archive:
     """Gather the statistics of a checkpoint over rows of tokens; return the archive, opened.
 
     `identity` says which corpus the rows are, in what JSON has (its "name" is shown). An interrupted run goes
     on where it was and ends in the same bytes; a finished archive of the same request is returned as it
-    is. `on_block` is called, on rank 0, with (blocks done, blocks in all).
+    is. `on_block` is called, on rank 0, with (blocks done, blocks in all), `on_weights` likewise while
+    tokens' weights are made.
 
     Raises UsageError for rows that the model cannot take; ArchiveError, with all that changed, for a folder
     that another request began, and for an archive to `add` that does not fit; OutputError for a full disk;
@@ -65,6 +83,8 @@ def calibrate_checkpoint(
     if options.micro_batch is not None and options.micro_batch < 1:
         raise UsageError(f"a micro-batch of {options.micro_batch} tokens; at least one is needed")
     check_rows(rows, checkpoint.config)
+    if options.sensitivity and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("--sensitivity: the weights of tokens are made by one process, not by several")
     device = usable_device(str(rank_device(torch.device(options.device))))
     with joined_ranks(device) as ranks, ExitStack() as stack:
         together = _Together(ranks)
@@ -73,9 +93,27 @@ def calibrate_checkpoint(
         if task is not None:
             model = ReferenceModel(checkpoint.config, checkpoint.weights, device)
             with _threads(task.progress.threads):
-                _Run(model, task, options.folder, together).run(on_block)
+                weights = _weights(model, task, options, on_weights) if options.sensitivity else None
+                _Run(model, task, options.folder, together, weights).run(on_block)
         together.do(lambda: remove_leftovers(options.folder))
         return together.do(lambda: open_archive(options.folder))
+
+
+def _weights(
+    model: ReferenceModel, task: Task, options: CalibrateOptions, on_weights: OnBlock | None
+) -> TokenWeights:
+    """Return the weights of the rows' tokens: those that an interrupted run has left, or new ones."""
+    path, config = options.folder / WEIGHTS, model.config
+    places = [(layer, name) for layer in range(config.n_layers) for name in dict.fromkeys(INPUTS.values())]
+    if task.begun and path.is_file():  # else it may be of another request
+        tensors = read_member(path, [GRADIENTS, *(f"{layer}.{name}" for layer, name in places)])
+        weights = {(layer, name): tensors[f"{layer}.{name}"] for layer, name in places}
+        return TokenWeights(weights, gradients_of(tensors[GRADIENTS]))
+    room = chunk_tokens_for(config.n_layers, config.hidden_size, free_bytes(options.device))
+    made = token_weights(model, task.rows.split(), room, on_block=on_weights or (lambda done, total: None))
+    named = {f"{layer}.{name}": each.contiguous() for (layer, name), each in made.weights.items()}
+    write_member(options.folder, WEIGHTS, named | {GRADIENTS: gradient_tensor(made.gradients)})
+    return made
 
 
 class _Together:
@@ -102,12 +140,19 @@ class _Together:
 class _Run:
     """A calibration that writes its members into the archive's folder."""
 
-    def __init__(self, model: ReferenceModel, task: Task, folder: Path, together: _Together) -> None:
+    def __init__(
+        self,
+        model: ReferenceModel,
+        task: Task,
+        folder: Path,
+        together: _Together,
+        weights: TokenWeights | None,
+    ) -> None:
         self.task, self.folder, self.together = task, folder, together
         self.model, self.progress = model, task.progress
         how = task.progress.request.options
         settings = Settings(how["micro_batch"], how["diagonal_only"], how["on_nonfinite"] == "drop")
-        self.calibration = Calibration(model, task.rows.lengths.tolist(), settings, together.ranks)
+        self.calibration = Calibration(model, task.rows.lengths.tolist(), settings, together.ranks, weights)
         self.calibration.dropped = list(task.progress.dropped)
 
     def run(self, on_block: OnBlock | None) -> None:
@@ -163,6 +208,7 @@ class _Run:
             rows = join_rows(base.rows(), rows)
         kinds = tuple(dict.fromkeys(rows.kinds))
         tensors = statistic_tensors(HEAD_INPUT, self._packed(llama.HEAD, head)) | {"token_counts": counts}
+        tensors |= self._gradients()
         members: dict[str, Member] = {
             **self.progress.members,
             HEAD: write_member(self.folder, HEAD, tensors),
@@ -174,6 +220,18 @@ class _Run:
         sizes = len(rows.ids), len(rows.lengths)
         manifest = Manifest(request, threads, *sizes, kinds, (*earlier, *dropped), members)
         write_manifest(self.folder, manifest)
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        """Return the mean squared gradients, with those of the archive to add to, by tokens."""
+        weights, base = self.calibration.weights, self.task.base
+        if weights is None:
+            return {}
+        own = gradient_tensor(weights.gradients)
+        if base is not None and (earlier := base.gradients()) is not None:
+            n_own, n_base = len(self.task.rows.ids), base.manifest.n_tokens
+            places = {place: earlier[block_tensor(*place)] for place in weights.gradients}
+            own = torch.lerp(own, gradient_tensor(places), n_base / (n_own + n_base))
+        return {GRADIENTS: own}
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from quantize.calibrate import Calibration, Settings
 from quantize.errors import ArchiveError, CalibrationError, OutputError, UsageError
 from quantize.llama import block_tensor
 from quantize.reference import INPUTS, ReferenceModel
+from quantize.sensitivity import token_weights
 from quantize.states import MemoryStates
 from quantize.statistics import Statistics, merge
 from tests.conftest import MakeCheckpoint
@@ -289,6 +290,45 @@ def test_somebody_elses_folder_is_left_alone(source: Path, tmp_path: Path) -> No
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
+def test_tokens_count_by_their_gradients_where_that_is_asked_for(source: Path, tmp_path: Path) -> None:
+    archive = calibrate(source, tmp_path / "weighed", sensitivity=True)
+    assert archive.sensitive and not (tmp_path / "weighed" / "weights.safetensors").exists()
+    checkpoint = open_checkpoint(source)
+    model = ReferenceModel(checkpoint.config, checkpoint.weights)
+    found = token_weights(model, [row.ids for row in ROWS], 1000)
+    states = list(model.embed([row.ids for row in ROWS]))
+    for layer in range(checkpoint.config.n_layers):
+        block, seen = model.widen(model.read_block(layer)), dict[str, list[torch.Tensor]]()
+
+        def see(name: str, x: torch.Tensor, _: int, seen: dict[str, list[torch.Tensor]] = seen) -> None:
+            seen.setdefault(name, []).append(x)
+
+        with torch.no_grad():
+            states = [model.forward_block(block, state, [len(state)], see) for state in states]
+        for linear, name in INPUTS.items():
+            x, weights = torch.cat(seen[name]), found.of(layer, name)
+            assert weights is not None
+            H = archive.statistics(block_tensor(layer, linear)).hessian
+            assert H is not None
+            assert torch.allclose(
+                H, (x * weights[:, None]).T @ x / len(x), rtol=1e-3, atol=1e-4 * float(H.max())
+            )
+    gradients = archive.gradients()
+    assert gradients is not None and gradients.keys() == set(archive.linears()) - {llama.HEAD}
+    place = 1, "mlp.down_proj"
+    assert gradients[block_tensor(*place)] == pytest.approx(found.gradients[place], rel=1e-4)
+    # The output matrix's inputs count alike, as do all of an archive that was not asked to weigh.
+    plain = calibrate(source, tmp_path / "plain")
+    assert not plain.sensitive and plain.gradients() is None
+    assert torch.equal(archive.statistics(llama.HEAD).diagonal, plain.statistics(llama.HEAD).diagonal)
+    with pytest.raises(ArchiveError) as caught:
+        calibrate(source, tmp_path / "sum", rows=rows_of(9, seed=1), add=plain.folder, sensitivity=True)
+    assert caught.value.reasons == ("in one tokens count by their gradients, in the other alike",)
+    with pytest.raises(ArchiveError, match="another request") as caught:
+        calibrate(source, tmp_path / "plain", sensitivity=True)
+    assert any("tokens" in reason for reason in caught.value.reasons)
+
+
 def test_too_little_room_is_seen_before_the_work(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,5 +351,8 @@ def test_rows_left_out_are_recorded(make_checkpoint: MakeCheckpoint, tmp_path: P
     assert archive.statistics(block_tensor(1, "mlp.up_proj")).n_tokens == 60
     added = calibrate(source, tmp_path / "sum", rows=rows[2:], on_nonfinite="drop", add=archive.folder)
     assert added.manifest.dropped == ((3, 0, "attention_input"), (5, 0, "attention_input"))
+    weighed = calibrate(source, tmp_path / "weighed", rows=rows, on_nonfinite="drop", sensitivity=True)
+    assert weighed.manifest.dropped == archive.manifest.dropped
+    assert bool(weighed.statistics(block_tensor(1, "mlp.up_proj")).diagonal.isfinite().all())
     with pytest.raises(CalibrationError, match="nothing is left to calibrate on"):
         calibrate(source, tmp_path / "none", rows=rows[3:], on_nonfinite="drop")

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from converters.checkpoint import open_checkpoint
-from converters.stats import progress
+from converters.stats import progress, run
 from converters.stats.archive import Archive
 from converters.stats.manifest import Member, Request
 from converters.stats.prepare import CalibrateOptions
@@ -20,6 +21,7 @@ from converters.stats.run import calibrate_checkpoint
 from converters.stats.states import FileStates
 from quantize.calibrate import Dropped
 from quantize.errors import ArchiveError, OutputError
+from quantize.sensitivity import TokenWeights, token_weights
 from quantize.states import MemoryStates
 from tests.conftest import ROOT, MakeCheckpoint
 
@@ -111,6 +113,31 @@ def interrupted(source: Path, folder: Path, **options: object) -> None:
     chosen = CalibrateOptions(folder, **({"micro_batch": 64} | options))  # type: ignore[arg-type]
     with pytest.raises(KeyboardInterrupt):
         calibrate_checkpoint(open_checkpoint(source), rows_of(), {"name": "four rows"}, chosen, stop)
+
+
+def test_weights_of_tokens_outlive_an_interruption_of_their_own_run_alone(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, made = make_checkpoint(), []
+
+    def counted(*arguments: Any, **options: Any) -> TokenWeights:
+        made.append(1)
+        return token_weights(*arguments, **options)
+
+    monkeypatch.setattr(run, "token_weights", counted)
+    calibrate(source, tmp_path / "undisturbed", sensitivity=True)
+    folder = tmp_path / "stats"
+    interrupted(source, folder, sensitivity=True)
+    assert len(made) == 2 and (folder / "weights.safetensors").is_file()
+    calibrate(source, folder, sensitivity=True)
+    assert len(made) == 2
+    assert content(folder) == content(tmp_path / "undisturbed")
+    # One that was left by another request, before its states were there, is made anew.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "weights.safetensors").write_bytes(b"of other rows")
+    calibrate(source, tmp_path / "other", sensitivity=True)
+    assert len(made) == 3
+    assert content(tmp_path / "other") == content(tmp_path / "undisturbed")
 
 
 def test_blocks_that_are_done_are_not_done_again(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -1,17 +1,18 @@
 """Quantize a checkpoint with this project's solver, in a process of its own.
 
-    python -m scripts.bench.peers.dscq_worker calibrate SOURCE ROWS ARCHIVE
+    python -m scripts.bench.peers.dscq_worker calibrate SOURCE ROWS ARCHIVE [CONFIG]
     python -m scripts.bench.peers.dscq_worker export SOURCE ARCHIVE OUT CONFIG
     python -m scripts.bench.peers.dscq_worker measure SOURCE ARCHIVE OUT CONFIG
     python -m scripts.bench.peers.dscq_worker exl2 SOURCE ARCHIVE OUT CONFIG
     python -m scripts.bench.peers.dscq_worker quantize SOURCE ARCHIVE OUT CONFIG
 
-ROWS is a JSON list of rows of token ids. `export` is `dscq convert --to gptq:`, and CONFIG a JSON object of
-GptqSpec's fields, `effort` and `threads`; `quantize` runs the solver alone, one linear after the other, with
-the arguments of its Settings, or with "plain": true rounds to nearest and reads no archive. OUT is a folder
-in GPTQ's format. `measure` is the first part of `dscq convert --to exl2:` and leaves OUT/measurement.json,
-`exl2` the rest, with CONFIG's `quant`, `measurement` (its file), `effort` and `threads`. Beside what it
-writes, `ARCHIVE.json` or `OUT.json`, are the seconds, imports excluded, and the peak of the resident memory.
+ROWS is a JSON list of rows of token ids; CONFIG's `sensitivity` has tokens count by their gradients.
+`export` is `dscq convert --to gptq:`, and CONFIG a JSON object of GptqSpec's fields, `effort` and `threads`;
+`quantize` runs the solver alone, one linear after the other, with the arguments of its Settings, or with
+"plain": true rounds to nearest and reads no archive. OUT is a folder in GPTQ's format. `measure` is the first
+part of `dscq convert --to exl2:` and leaves OUT/measurement.json, `exl2` the rest, with CONFIG's `quant`,
+`measurement` (its file), `effort` and `threads`. Beside what it writes, `ARCHIVE.json` or `OUT.json`, are the
+seconds, imports excluded, and the peak of the resident memory.
 """
 
 import json
@@ -106,10 +107,11 @@ def report(path: Path, started: float) -> None:
     Path(f"{path}.json").write_text(json.dumps(measured))
 
 
-def calibrate(source: str, rows: str, folder: str) -> None:
+def calibrate(source: str, rows: str, folder: str, config: str = "{}") -> None:
     """Make the statistics archive of the rows."""
     found = [Row(torch.tensor(row)) for row in json.loads(Path(rows).read_text())]
-    calibrate_checkpoint(open_checkpoint(source), found, {"name": "rows"}, CalibrateOptions(Path(folder)))
+    options = CalibrateOptions(Path(folder), **json.loads(config))
+    calibrate_checkpoint(open_checkpoint(source), found, {"name": "rows"}, options)
 
 
 def quantize(source: str, folder: str, out: str, config: str) -> None:

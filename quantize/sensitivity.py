@@ -1,0 +1,202 @@
+"""How much each token matters at each input: gradients, streamed backwards one block at a time.
+
+An error E in a linear shifts the model's next-token distribution by a KL divergence of about
+
+    1/2 E[(g . E x)^2]        g the gradient of -log p(label) at the linear's output, labels drawn from p
+
+(the Fisher information; labels of the text itself would not do). H = E[x x^T] counts every token alike. With
+the weight |g|^2 for each token (GuidedQuant, with one group of outputs) it counts what the model makes of it:
+much for a row's first token, where the attention rests, little for a token that nothing looks at.
+
+Rows are taken in chunks. A chunk goes forward through all blocks, and its states before each stay in memory:
+tokens x hidden_size x 4 bytes x blocks. Then it goes back: each block is read once more, its outputs are made
+again and differentiated. One block is held at a time, whatever the chunk.
+
+    embed -> [block 0] -> [block 1] -> ... -> logits -> sampled labels
+                 |            |                             |
+              states       states      <- [block 1] <- gradient of the last states
+
+Linears that share an input share a weight: the sum of what each would have, divided by its mean.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from quantize.llama import EMBEDDING, HEAD
+from quantize.metrics import chunks
+from quantize.products import linear
+from quantize.reference import INPUTS, Block, ReferenceModel, full_f32, rotary_tables
+
+POSITIONS = 256
+"""Tokens whose logits are in memory at a time."""
+OnBlock = Callable[[int, int], None]
+Squares = dict[tuple[int, str], torch.Tensor]
+"""Squared gradients by (layer, linear), f32 (n_tokens,)."""
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """What each token of all rows counts, f32 (n_tokens,), by (layer, input): 1 on average.
+
+    `gradients` has the mean of |g|^2 by (layer, linear): with N outputs, an error E of that linear costs
+    about 1/2 |g|^2 / N tr(E H E^T) nats, H made with these weights, as if all outputs mattered alike.
+    """
+
+    weights: Mapping[tuple[int, str], torch.Tensor]
+    gradients: Mapping[tuple[int, str], float]
+
+    def of(self, layer: int, name: str) -> torch.Tensor | None:
+        """Return the weights at an input; None for the output matrix's, where tokens count alike."""
+        return self.weights.get((layer, name))
+
+
+def token_weights(
+    model: ReferenceModel,
+    rows: Sequence[torch.Tensor],
+    chunk_tokens: int,
+    seed: int = 0,
+    on_block: OnBlock = lambda done, total: None,
+) -> TokenWeights:
+    """Return the weights of the tokens of rows of ids, int64 (n,).
+
+    A chunk is rows of up to `chunk_tokens` tokens, or one longer row. `on_block` is called with (blocks done,
+    in all), twice a block and chunk. The same arguments give the same weights.
+    """
+    differentiable = _Differentiable(model.config, model.weights, model.device)
+    parts, generator = _chunks(rows, chunk_tokens), torch.Generator().manual_seed(seed)
+    found: list[Squares] = []
+    done, total = 0, 2 * len(parts) * model.config.n_layers
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        on_block(done, total)
+
+    with full_f32():
+        for part in parts:
+            found.append(differentiable.squares(part, generator, step))
+    squares = {place: torch.cat([part[place] for part in found]).nan_to_num(0, 0, 0) for place in found[0]}
+    return TokenWeights(_shared(squares), {place: float(each.mean()) for place, each in squares.items()})
+
+
+def chunk_tokens_for(n_layers: int, hidden_size: int, free_bytes: int) -> int:
+    """Return how many tokens' states before all blocks fit a quarter of free memory; 512 at the least."""
+    return max(512, free_bytes // 4 // (4 * hidden_size * (n_layers + 1)))
+
+
+def _chunks(rows: Sequence[torch.Tensor], most: int) -> list[list[torch.Tensor]]:
+    parts: list[list[torch.Tensor]] = []
+    room = 0
+    for row in rows:
+        if len(row) > room or not parts:
+            parts.append([])
+            room = most
+        parts[-1].append(row)
+        room -= len(row)
+    return parts
+
+
+def _shared(found: Squares) -> dict[tuple[int, str], torch.Tensor]:
+    """Give each linear the mean 1, and each input the mean of its linears."""
+    shared: dict[tuple[int, str], torch.Tensor] = {}
+    for (layer, name), squares in found.items():
+        mean = squares.mean()
+        weights = squares / mean if mean > 0 else torch.ones_like(squares)
+        share = sum(inputs == INPUTS[name] for inputs in INPUTS.values())
+        place = layer, INPUTS[name]
+        shared[place] = shared.get(place, torch.zeros(())) + weights / share
+    return shared
+
+
+@dataclass
+class _Sink:
+    """Where a block's backward pass leaves |g|^2 of every token, by linear."""
+
+    squares: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T, with W fixed; backwards it notes |g|^2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, sink: _Sink, name: str) -> torch.Tensor:
+        """Multiply."""
+        ctx.weight, ctx.sink, ctx.name = weight, sink, name
+        return linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """Return the gradient of x."""
+        (gradient,) = gradients
+        gradient = gradient.contiguous()
+        ctx.sink.squares[ctx.name] = gradient.square().sum(-1)
+        return linear(gradient, ctx.weight.T.contiguous()), None, None, None
+
+
+class _Differentiable(ReferenceModel):
+    """The reference forward, differentiable, row by row."""
+
+    def squares(
+        self, rows: Sequence[torch.Tensor], generator: torch.Generator, step: Callable[[], None]
+    ) -> Squares:
+        """Return |g|^2 of a chunk's tokens at the output of every linear."""
+        n_layers, found = self.config.n_layers, Squares()
+        states = [list(self.embed(rows))]
+        with torch.no_grad():
+            for layer in range(n_layers):
+                block = self.widen(self.read_block(layer))
+                states.append([self.forward_block(block, state, [len(state)]) for state in states[-1]])
+                step()
+        gradients = [self._last_gradient(state, generator) for state in states.pop()]
+        for layer in reversed(range(n_layers)):
+            block, before = self.widen(self.read_block(layer)), states.pop()
+            sinks = [_Sink() for _ in rows]
+            for row, (state, sink) in enumerate(zip(before, sinks, strict=True)):
+                gradients[row] = self._backward(block, state, gradients[row], sink)
+            for name in INPUTS:
+                found[layer, name] = torch.cat([sink.squares[name] for sink in sinks]).cpu()
+            step()
+        return found
+
+    def _last_gradient(self, state: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Return the gradient of -log p(labels) at a row's states behind the last block."""
+        head = self._load(EMBEDDING if self.config.tied_head else HEAD)
+        transposed = head.T.contiguous()
+        state = state.detach().requires_grad_()
+        normed = self.final_norm(state)
+        pulled = []
+        for start, end in chunks(len(state), POSITIONS):
+            p = torch.softmax(linear(normed[start:end].detach(), head), dim=-1)
+            p.nan_to_num_(1 / p.shape[1])  # a row that is not finite counts nothing, and stops nobody here
+            labels = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
+            p.scatter_add_(1, labels, -torch.ones_like(labels, dtype=p.dtype))
+            pulled.append(linear(p, transposed))
+        (gradient,) = torch.autograd.grad(normed, state, torch.cat(pulled))
+        return gradient
+
+    def _backward(
+        self, block: Block, state: torch.Tensor, gradient: torch.Tensor, sink: _Sink
+    ) -> torch.Tensor:
+        """Pull a row's gradient back through a block."""
+        state = state.detach().requires_grad_()
+        with torch.enable_grad():
+            after = self._through(block, state, sink)
+        (before,) = torch.autograd.grad(after, state, gradient)
+        return before
+
+    def _through(self, block: Block, state: torch.Tensor, sink: _Sink) -> torch.Tensor:
+        def times(x: torch.Tensor, name: str) -> torch.Tensor:
+            found: torch.Tensor = _Linear.apply(x, block[name], sink, name)  # type: ignore[no-untyped-call]
+            return found
+
+        normed = self._norm(state, block["input_layernorm"])
+        query, key, value = (times(normed, f"self_attn.{name}_proj") for name in "qkv")
+        tables = rotary_tables(self.config, len(state), self.device)
+        state = state + times(self._mix(query, key, value, tables), "self_attn.o_proj")
+        normed = self._norm(state, block["post_attention_layernorm"])
+        inner = functional.silu(times(normed, "mlp.gate_proj")) * times(normed, "mlp.up_proj")
+        return state + times(inner, "mlp.down_proj")

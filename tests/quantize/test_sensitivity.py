@@ -1,0 +1,82 @@
+"""Tokens' weights are squared gradients of sampled labels, as plain differentiation has them."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from quantize.llama import EMBEDDING, FINAL_NORM, HEAD, block_tensor
+from quantize.reference import INPUTS, ReferenceModel, rotary_tables
+from quantize.sensitivity import chunk_tokens_for, token_weights
+from quantize.weights import TensorWeights
+from tests.quantize.test_first_tokens import CONFIG, weights
+
+ROWS = [torch.tensor([5, 1, 2, 3, 9]), torch.tensor([7, 7, 4]), torch.tensor([30, 9, 9, 12])]
+
+
+def plain_squares(model: ReferenceModel, rows: list[torch.Tensor]) -> dict[tuple[int, str], torch.Tensor]:
+    """Return |g|^2 by (layer, linear) over all rows, by differentiating the whole model at once."""
+    load, found = model.weights.load, dict[tuple[int, str], list[torch.Tensor]]()
+    generator = torch.Generator().manual_seed(0)
+    for row in rows:
+        outputs: dict[tuple[int, str], torch.Tensor] = {}
+
+        def times(x: torch.Tensor, layer: int, name: str, kept: dict = outputs) -> torch.Tensor:  # type: ignore[type-arg]
+            y = functional.linear(x, load(block_tensor(layer, name)).float())
+            y.retain_grad()
+            kept[layer, name] = y
+            return y
+
+        state = load(EMBEDDING).float()[row].requires_grad_()
+        tables = rotary_tables(CONFIG, len(row), torch.device("cpu"))
+        for layer in range(CONFIG.n_layers):
+            gains = [load(block_tensor(layer, f"{name}_layernorm")) for name in ("input", "post_attention")]
+            x = model._norm(state, gains[0])
+            q, k, v = (times(x, layer, f"self_attn.{name}_proj") for name in "qkv")
+            state = state + times(model._mix(q, k, v, tables), layer, "self_attn.o_proj")
+            x = model._norm(state, gains[1])
+            inner = functional.silu(times(x, layer, "mlp.gate_proj")) * times(x, layer, "mlp.up_proj")
+            state = state + times(inner, layer, "mlp.down_proj")
+        logits = functional.linear(model._norm(state, load(FINAL_NORM)), load(HEAD).float())
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+        for place, y in outputs.items():
+            assert y.grad is not None
+            found.setdefault(place, []).append(y.grad.square().sum(-1))
+    return {place: torch.cat(parts) for place, parts in found.items()}
+
+
+@pytest.mark.parametrize("chunk", [4, 8, 100])
+def test_weights_are_squared_gradients_shared_by_the_linears_of_an_input(chunk: int) -> None:
+    model = ReferenceModel(CONFIG, weights())
+    found = token_weights(model, ROWS, chunk)  # labels are drawn row by row, whatever the chunks
+    squares = plain_squares(model, ROWS)
+    for layer in range(CONFIG.n_layers):
+        for inputs in dict.fromkeys(INPUTS.values()):
+            members = [squares[layer, name] for name, seen in INPUTS.items() if seen == inputs]
+            expected = torch.stack([each / each.mean() for each in members]).mean(0)
+            own = found.of(layer, inputs)
+            assert own is not None
+            assert torch.allclose(own, expected, rtol=2e-3, atol=1e-5)
+            assert float(own.mean()) == pytest.approx(1, rel=1e-5)
+        for name in INPUTS:
+            assert found.gradients[layer, name] == pytest.approx(float(squares[layer, name].mean()), rel=1e-3)
+    assert found.of(CONFIG.n_layers, "head_input") is None
+
+
+def test_progress_counts_both_ways_of_every_chunk() -> None:
+    seen: list[tuple[int, int]] = []
+    token_weights(ReferenceModel(CONFIG, weights()), ROWS, 5, on_block=lambda *done: seen.append(done))
+    assert seen == [(step, 12) for step in range(1, 13)]
+
+
+def test_a_token_that_nothing_depends_on_weighs_nothing() -> None:
+    """With an output matrix of zeros no state matters; then tokens count alike."""
+    tensors = {name: weights().load(name) for name in weights().specs()}
+    tensors[HEAD] = torch.zeros_like(tensors[HEAD])
+    found = token_weights(ReferenceModel(CONFIG, TensorWeights(tensors)), ROWS, 100)
+    assert all(bool((each == 1).all()) for each in found.weights.values())
+
+
+def test_a_chunk_fits_a_quarter_of_the_memory() -> None:
+    assert chunk_tokens_for(30, 576, 8 << 30) == (8 << 30) // 4 // (4 * 576 * 31)
+    assert chunk_tokens_for(62, 7168, 1 << 30) == 512
