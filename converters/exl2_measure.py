@@ -59,7 +59,7 @@ def measure(
             done |= found
             count += 1
             on_progress(STAGE, count, len(inputs))
-    document = document_of(notes.key, archive.config, done)
+    document = document_of(notes.key, archive.config, done, archive.gradients())
     write_measurement(path, document)
     notes.forget()
     return from_document(document)

@@ -5,7 +5,8 @@ It is gathered once for a model and an archive (`converters.exl2_measure`) and s
     format    "dscq-exl2-measurement"      version   1
     key       digest of all that decides the numbers: model, Hessians, solver, layouts
     linears   name -> {shape: [N, K], energy: tr(W H Wᵀ), layouts: [{parts, error}]}, where `parts` are [bits,
-              group size, share] and `error` is the predicted tr(E H Eᵀ) / tr(W H Wᵀ)
+              group size, share] and `error` is the predicted tr(E H Eᵀ) / tr(W H Wᵀ); and `nats`, the KL
+              divergence that an error of 1 would cost, from an archive that knows gradients
     measurement, last_module_idx           the same for ExLlamaV2's converter (`converters.exl2_modules`)
 
 A file that has these alone is ExLlamaV2's own, and is read as well. It chooses for a whole attention or MLP,
@@ -31,6 +32,7 @@ from quantize.layout_errors import ROWS, Prediction
 from quantize.layouts import ATTENTION, DOWN, GATE_UP, Layout, Part
 from quantize.llama import LlamaConfig, block_tensor
 from quantize.reference import INPUTS
+from quantize.sensitivity import fisher_kl
 from quantize.solver import SOLVING
 
 NAME = "measurement.json"
@@ -42,11 +44,15 @@ _FAMILIES = {"mlp.gate_proj": GATE_UP, "mlp.up_proj": GATE_UP, "mlp.down_proj": 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store a slot's linears: a layout for each by its name, bits in all, and the loss of it."""
+    """One way to store a slot's linears: a layout for each by its name, bits in all, and the loss of it.
+
+    `nats` is the predicted KL divergence, where gradients say it.
+    """
 
     layouts: Mapping[str, Layout]
     bits: int
     error: float
+    nats: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,13 +90,21 @@ def measurement_key(archive: Archive) -> str:
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
 
-def document_of(key: str, config: LlamaConfig, predictions: Mapping[str, Prediction]) -> dict[str, Any]:
-    """Return the content of the file."""
+def document_of(
+    key: str,
+    config: LlamaConfig,
+    predictions: Mapping[str, Prediction],
+    gradients: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Return the content of the file; `gradients` are the mean |g|^2 at the linears' outputs."""
     shapes = decoder_linears(config)
     linears = {
         name: {
             "shape": list(shapes[name]),
             "energy": predictions[name].energy,
+            **_nats(
+                predictions[name].energy, shapes[name][0], None if gradients is None else gradients[name]
+            ),
             "layouts": [
                 {"parts": [[p.bits, p.group_size, p.share] for p in each.layout.parts], "error": each.error}
                 for each in predictions[name].errors
@@ -100,6 +114,10 @@ def document_of(key: str, config: LlamaConfig, predictions: Mapping[str, Predict
     }
     head = {"format": FORMAT, "version": VERSION, "key": key, "linears": linears}
     return head | modules_document(config, predictions)
+
+
+def _nats(energy: float, n_outputs: int, gradient: float | None) -> dict[str, float]:
+    return {} if gradient is None else {"nats": fisher_kl(energy, n_outputs, gradient)}
 
 
 def write_measurement(path: Path, document: Mapping[str, Any]) -> None:
@@ -136,7 +154,9 @@ def from_document(document: Mapping[str, Any]) -> Measurement:
             layout = Layout(
                 tuple(Part(int(bits), int(size), float(share)) for bits, size, share in each["parts"])
             )
-            choices.append(Choice({name: layout}, layout.total_bits(n, k), float(each["error"])))
+            error, whole = float(each["error"]), linear.get("nats")
+            nats = None if whole is None else float(whole) * error
+            choices.append(Choice({name: layout}, layout.total_bits(n, k), error, nats))
         slots.append(tuple(choices))
     return Measurement(tuple(slots), "dscq", document)
 

@@ -28,6 +28,7 @@ from quantize.codecs import ENCODING
 from quantize.errors import ArchiveError
 from quantize.llama import EMBEDDING, HEAD, LlamaConfig
 from quantize.reference import INPUTS
+from quantize.sensitivity import fisher_kl
 from quantize.solver import SOLVING
 from quantize.solver.block_factor import DAMP, BlockFactor, prepare_blocks
 from quantize.solver.blocks import compensated_types
@@ -82,7 +83,7 @@ class _Work:
         self.hessians: Hessians[bool, _Shared] = Hessians(archive, _prepared)
         self.rows = {} if options.importances is None else options.importances.rows
         self.frequencies = token_frequencies(archive.token_counts())
-        self.measured = set(archive.linears())
+        self.measured, self.gradients = set(archive.linears()), archive.gradients() or {}
 
     @torch.inference_mode()
     def predict(self, name: str) -> dict[str, float]:
@@ -92,7 +93,10 @@ class _Work:
         H, factor = self.hessians.prepared(name, self.compensate) if name in self.measured else (None, None)
         kind = _kind(name, self.checkpoint.config)
         weights, rows = self._weights(kind, W), type_errors.ROWS
-        return predicted_kl(kind, predict_types(W, types, Rounding(factor, importance), H, weights, rows))
+        found = predict_types(W, types, Rounding(factor, importance), H, weights, rows)
+        gradient = self.gradients.get(name)
+        whole = None if gradient is None else fisher_kl(found.energy, W.shape[0], gradient)
+        return predicted_kl(kind, found, whole)
 
     def _weights(self, kind: str, W: torch.Tensor) -> torch.Tensor | None:
         if kind == type_errors.OUTPUT:

@@ -54,6 +54,11 @@ class TokenWeights:
         return self.weights.get((layer, name))
 
 
+def fisher_kl(energy: float, n_outputs: int, gradient: float) -> float:
+    """Return the KL divergence, in nats, of an error with tr(E H E^T) = energy: see `TokenWeights`."""
+    return gradient * energy / (2 * n_outputs)
+
+
 def token_weights(
     model: ReferenceModel,
     rows: Sequence[torch.Tensor],

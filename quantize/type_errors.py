@@ -12,7 +12,8 @@ distribution, in nats:
     output       ½ Σ_v f_v e_v H e_vᵀ with f_v the frequency of token v, the second-order KL of errors in
                  logits if a token's probability did not depend on the input, times a constant
 
-and added up: errors of different matrices are taken to be independent and small.
+and added up: errors of different matrices are taken to be independent and small. Where gradients are known
+(quantize/sensitivity.py) they stand in for the constants of the linears.
 
 The constants were measured on one trained model (30 layers, 768 wide; 1500 tokens for H, 750 for the KL), all
 matrices of a kind in Q4_0, uncompensated: the KL divergence by the sum of the lost shares. In Q2_K the same
@@ -79,12 +80,16 @@ class TypeErrors:
     errors: Mapping[str, float]
 
 
-def predicted_kl(kind: str, found: TypeErrors) -> dict[str, float]:
+def predicted_kl(kind: str, found: TypeErrors, whole: float | None = None) -> dict[str, float]:
     """Return the KL divergence, in nats, that each type is predicted to cost a matrix of a kind.
+
+    `whole` is what losing all of the energy would cost, where gradients say it; None: by the kind's constant.
 
     `kind` is a name of `SENSITIVITY`. For the output matrix `found` is weighed by token frequencies, which
     sum to one, for the embedding by these over each row's |w|².
     """
+    if whole is not None:
+        return {name: whole * error for name, error in found.errors.items()}
     factor = SENSITIVITY[kind] * (found.energy / 2 if kind == OUTPUT else 1.0)
     return {name: factor * error for name, error in found.errors.items()}
 

@@ -6,8 +6,8 @@ block-00000.safetensors ...   for each input of the block's linears (attention_i
                                   <input>.diagonal       F32 (K,)             mean of x_j^2
                                   <input>.correlations   I16 (K*(K-1)/2,)     see quantize/statistics.py
 head.safetensors              the same of head_input, and token_counts I64 (vocab_size,); and, where tokens
-                              count by their gradients, gradients F32 (n_layers, 7): the mean |g|^2 of q, k, v,
-                              o, gate, up, down
+                              count by their gradients, gradients F32 (n_layers, 7): the mean |g|^2 of q, k,
+                              v, o, gate, up, down
 rows.safetensors              ids I32 (n_tokens,), lengths I32 (n_rows,), kinds U8 (n_rows,)
 weights.safetensors           only until the run is done, where tokens count by their gradients:
                               <layer>.<input> F32 (n_tokens,) for each block and input

@@ -1,9 +1,10 @@
 """Which layout each linear gets: a budget of bits, shared out by what was measured.
 
 The budget is bits per weight times the weights of the decoder blocks' linears; embedding, norms and head
-are not in it, as in ExLlamaV2. What is minimised is the predicted KL divergence: of each linear the share of
-the output's energy that is lost, times the constant of its kind (quantize/type_errors.py), added up. Of a
-measurement by ExLlamaV2 it is the sum of its squared relative errors, which are no KL.
+are not in it, as in ExLlamaV2. What is minimised is the predicted KL divergence, added up over linears: by
+their gradients, of an archive that knows them (quantize/sensitivity.py), else the share of the output's
+energy that is lost, times a constant of its kind (quantize/type_errors.py). Of a measurement by ExLlamaV2 it
+is the sum of its squared relative errors, which are no KL.
 """
 
 import math
@@ -70,6 +71,8 @@ def choose(config: LlamaConfig, measurement: Measurement, bits: Fraction, head_b
 
 def _loss(choice: Choice) -> float:
     """Return what a choice is predicted to cost: a single linear in nats, a module by its own measure."""
+    if choice.nats is not None:
+        return choice.nats
     if len(choice.layouts) > 1:
         return choice.error
     (name,) = choice.layouts

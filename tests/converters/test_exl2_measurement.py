@@ -21,6 +21,7 @@ from converters.exl2_measurement import (
     measurement_key,
     read_measurement,
 )
+from converters.stats.archive import Archive
 from converters.targets.exl2_types import choose
 from quantize.errors import UsageError
 from quantize.layout_errors import LayoutError, Prediction, predict
@@ -51,6 +52,29 @@ def test_the_file_holds_the_whole_measurement(model: Model) -> None:
     again = read_measurement(model.file, model.checkpoint.config, key)
     assert again.slots == model.measurement.slots == from_document(again.document).slots
     assert [path.name for path in model.file.parent.glob("measurement*")] == ["measurement.json"]
+
+
+def test_an_archive_that_knows_gradients_puts_a_price_on_errors(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients = {name: 0.5 + i for i, name in enumerate(decoder_linears(model.checkpoint.config))}
+    monkeypatch.setattr("converters.exl2_measure.predict", made_up)
+    monkeypatch.setattr(Archive, "gradients", lambda _: gradients)
+    found = measure(model.archive, model.checkpoint.weights, tmp_path / "measurement.json", n_threads=1)
+    for slot in found.slots:
+        for choice in slot:
+            (name,) = choice.layouts
+            energy = found.document["linears"][name]["energy"]
+            n_outputs = model.checkpoint.config.tensor_shapes()[name][0]
+            assert choice.nats == pytest.approx(choice.error * gradients[name] * energy / (2 * n_outputs))
+    chosen = choose(model.checkpoint.config, found, Fraction(4), 6)
+    picked = {
+        next(iter(slot[0].layouts)): {
+            choice.layouts[name]: choice.nats for choice in slot for name in choice.layouts
+        }
+        for slot in found.slots
+    }
+    assert chosen.loss == pytest.approx(sum(picked[name][chosen.layouts[name]] or 0 for name in picked))
 
 
 def made_up(

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from quantize.llama import EMBEDDING, FINAL_NORM, HEAD, block_tensor
 from quantize.reference import INPUTS, ReferenceModel, rotary_tables
-from quantize.sensitivity import chunk_tokens_for, token_weights
+from quantize.sensitivity import TokenWeights, chunk_tokens_for, fisher_kl, token_weights
 from quantize.weights import TensorWeights
 from tests.quantize.test_first_tokens import CONFIG, weights
 
@@ -80,3 +80,56 @@ def test_a_token_that_nothing_depends_on_weighs_nothing() -> None:
 def test_a_chunk_fits_a_quarter_of_the_memory() -> None:
     assert chunk_tokens_for(30, 576, 8 << 30) == (8 << 30) // 4 // (4 * 576 * 31)
     assert chunk_tokens_for(62, 7168, 1 << 30) == 512
+
+
+def test_gradients_tell_the_kl_divergence_of_an_error() -> None:
+    """Of a small error in one linear at a time, by the weighted Hessian.
+
+    Tokens are taken to add up independently. At v they do not: attention sums what is alike.
+    """
+    model = ReferenceModel(CONFIG, weights())
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(0, CONFIG.vocab_size, (48,), generator=generator) for _ in range(12)]
+    found = token_weights(model, rows, 1000)
+    tensors = {name: weights().load(name) for name in weights().specs()}
+    ratios: dict[str, float] = {}
+    hessians, before = weighted_hessians(model, rows, found), log_probabilities(model, rows)
+    for layer in range(CONFIG.n_layers):
+        for name, inputs in INPUTS.items():
+            place = block_tensor(layer, name)
+            error = torch.randn(tensors[place].shape, generator=generator) * 0.01
+            other = ReferenceModel(CONFIG, TensorWeights(tensors | {place: tensors[place] + error}))
+            after = log_probabilities(other, rows)
+            kl = float((before.exp() * (before - after)).sum(-1).mean())
+            energy = float(((error @ hessians[layer, inputs]) * error).sum())
+            predicted = fisher_kl(energy, len(error), found.gradients[layer, name])
+            ratios[place] = predicted / kl
+    others = [ratio for place, ratio in ratios.items() if "v_proj" not in place]
+    assert all(0.45 < ratio < 1.6 for ratio in others)
+    assert 0.8 < sorted(others)[len(others) // 2] < 1.2
+    assert all(0.15 < ratio < 1.2 for place, ratio in ratios.items() if "v_proj" in place)
+
+
+def weighted_hessians(
+    model: ReferenceModel, rows: list[torch.Tensor], found: TokenWeights
+) -> dict[tuple[int, str], torch.Tensor]:
+    seen: dict[tuple[int, str], list[torch.Tensor]] = {}
+    states = list(model.embed(rows))
+    with torch.no_grad():
+        for layer in range(CONFIG.n_layers):
+            block = model.widen(model.read_block(layer))
+
+            def see(name: str, x: torch.Tensor, _: int, layer: int = layer) -> None:
+                seen.setdefault((layer, name), []).append(x)
+
+            states = [model.forward_block(block, state, [len(state)], see) for state in states]
+    weighted = {}
+    for place, parts in seen.items():
+        x, weights = torch.cat(parts), found.of(*place)
+        assert weights is not None
+        weighted[place] = (x * weights[:, None]).T @ x / len(x)
+    return weighted
+
+
+def log_probabilities(model: ReferenceModel, rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.log_softmax(model.logits(torch.cat(model.hidden(rows))).double(), -1)

@@ -90,6 +90,7 @@ def test_usable_types_are_those_that_the_rows_and_the_importances_allow() -> Non
 def test_losses_become_nats_by_kind() -> None:
     found = TypeErrors(3.0, {"Q4_0": 0.25})
     assert predicted_kl("mlp.up_proj", found) == {"Q4_0": SENSITIVITY["mlp.up_proj"] * 0.25}
+    assert predicted_kl("mlp.up_proj", found, 0.125) == {"Q4_0": 0.125 * 0.25}
     assert predicted_kl(EMBEDDING, found) == {"Q4_0": SENSITIVITY[EMBEDDING] * 0.25}
     assert predicted_kl(OUTPUT, found) == {"Q4_0": pytest.approx(SENSITIVITY[OUTPUT] * 0.5 * 0.75)}
 
