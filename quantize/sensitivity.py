@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from quantize.llama import EMBEDDING, HEAD
+from quantize.llama import EMBEDDING, FINAL_NORM, HEAD
 from quantize.metrics import chunks
 from quantize.products import linear
 from quantize.reference import INPUTS, Block, ReferenceModel, full_f32, rotary_tables
@@ -156,7 +156,7 @@ class _Differentiable(ReferenceModel):
                 block = self.widen(self.read_block(layer))
                 states.append([self.forward_block(block, state, [len(state)]) for state in states[-1]])
                 step()
-        gradients = [self._last_gradient(state, generator) for state in states.pop()]
+        gradients = self._last_gradients(states.pop(), generator)
         for layer in reversed(range(n_layers)):
             block, before = self.widen(self.read_block(layer)), states.pop()
             sinks = [_Sink() for _ in rows]
@@ -167,21 +167,24 @@ class _Differentiable(ReferenceModel):
             step()
         return found
 
-    def _last_gradient(self, state: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Return the gradient of -log p(labels) at a row's states behind the last block."""
-        head = self._load(EMBEDDING if self.config.tied_head else HEAD)
-        transposed = head.T.contiguous()
-        state = state.detach().requires_grad_()
-        normed = self.final_norm(state)
-        pulled = []
-        for start, end in chunks(len(state), POSITIONS):
-            p = torch.softmax(linear(normed[start:end].detach(), head), dim=-1)
-            p.nan_to_num_(1 / p.shape[1])  # a row that is not finite counts nothing, and stops nobody here
-            labels = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
-            p.scatter_add_(1, labels, -torch.ones_like(labels, dtype=p.dtype))
-            pulled.append(linear(p, transposed))
-        (gradient,) = torch.autograd.grad(normed, state, torch.cat(pulled))
-        return gradient
+    def _last_gradients(
+        self, states: Sequence[torch.Tensor], generator: torch.Generator
+    ) -> list[torch.Tensor]:
+        """Return the gradient of -log p(labels) at each row's states behind the last block."""
+        head, gain = self._load(EMBEDDING if self.config.tied_head else HEAD), self._load(FINAL_NORM)
+        transposed, gradients = head.T.contiguous(), list[torch.Tensor]()
+        for row in states:
+            state = row.detach().requires_grad_()
+            normed = self._norm(state, gain)
+            pulled = []
+            for start, end in chunks(len(state), POSITIONS):
+                p = torch.softmax(linear(normed[start:end].detach(), head), dim=-1)
+                p.nan_to_num_(1 / p.shape[1])  # a row that is not finite counts nothing, and stops nobody
+                labels = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
+                p.scatter_add_(1, labels, -torch.ones_like(labels, dtype=p.dtype))
+                pulled.append(linear(p, transposed))
+            gradients += torch.autograd.grad(normed, state, torch.cat(pulled))
+        return gradients
 
     def _backward(
         self, block: Block, state: torch.Tensor, gradient: torch.Tensor, sink: _Sink
