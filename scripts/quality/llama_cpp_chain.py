@@ -40,7 +40,8 @@ class Chain:
     """What both ways of one model start from; `work` is a folder of the model and the text.
 
     `weighted` rounds ours to nearest with importances, and gathers diagonals alone; otherwise errors are
-    compensated with `effort`. `pinned` has embedding and output matrix in F16, on both sides.
+    compensated with `effort`, under Hessians in which tokens count by their gradients if `sensitivity`.
+    `pinned` has embedding and output matrix in F16, on both sides.
     """
 
     checkpoint: Checkpoint
@@ -51,6 +52,7 @@ class Chain:
     weighted: bool = False
     effort: Effort = "default"
     pinned: bool = False
+    sensitivity: bool = False
 
     def their_imatrix(self) -> Path:
         """Return llama-imatrix's file for the text."""
@@ -83,13 +85,15 @@ class Chain:
         """Return the statistics archive of the text, in the chunks of llama-imatrix."""
         ids = torch.tensor(self.checkpoint.tokenizer.encode(self.text.read_text("utf-8")))
         rows = [Row(part) for part in torch.split(ids, CHUNK)[: self.n_chunks]]
-        folder = self.work / ("stats" if self.weighted else "hessians")
-        options = CalibrateOptions(folder, diagonal_only=self.weighted)
+        name = "stats" if self.weighted else f"hessians{'-sensitivity' * self.sensitivity}"
+        options = CalibrateOptions(
+            self.work / name, diagonal_only=self.weighted, sensitivity=self.sensitivity
+        )
         return calibrate_checkpoint(self.checkpoint, rows, {"name": self.text.name}, options)
 
     def our_file(self, recipe: str) -> Path:
         """Return our file of a recipe, or of a budget: size=101635008."""
-        role = "ours" if self.weighted else f"compensated-{self.effort}"
+        role = "ours" if self.weighted else f"compensated-{self.effort}{'-sensitivity' * self.sensitivity}"
         path = self._place(role, recipe)
         return path if path.exists() else self.made(recipe, self.options(recipe), role)
 
