@@ -1,19 +1,27 @@
-"""How much each layout would cost a linear, without quantizing it under each: some of its rows stand for all.
+"""How much each layout would cost a linear, without quantizing it under each.
 
-A row is taken with a chance in proportion to its energy w H wᵀ, so that each row taken speaks for the same
-share of the output's energy, and the mean of the rows' lost shares estimates that of the matrix. (Rows taken
-evenly would leave it to chance whether the few that hold most of the energy are among them.) The rows are
-rounded by the solver itself, without its rounds of refit and descent, by one factorization for all layouts.
+Compensated rounding loses Σ_k D_k e_k², D_k what is left of H's diagonal once the columns after k make up for
+what they can (quantize/solver/factor.py), e_k the rounding error of column k. Whatever layout a column is in,
+e_k follows from its bits and its group alone. So every pair of bits and group size is rounded once, without
+compensation, and the losses of the columns are added up as the layouts say: some eight roundings of the
+simplest kind for twenty layouts. What that leaves out (columns have moved by what was compensated, sixteen
+scales, a maximum shared by all outputs, the damping in D) is much the same for all layouts of a linear. It is
+found by really quantizing it under the middle one, and all others are scaled alike.
 
-Two things bias it. A group's maximum is shared by the rows taken and not by all, so scales fit a little
-better; without refit and descent errors are larger. Both are much the same for all layouts of a matrix;
-docs/exl2.md has the measurement.
+Some rows stand for all. A row is taken with a chance in proportion to its energy w H wᵀ, so that each row
+taken speaks for the same share of the output's energy, and the mean of the rows' lost shares estimates that
+of the matrix. (Rows taken evenly would leave it to chance whether the few that hold most of the energy are
+among them.)
+
+A bias stays: a group's maximum is shared by the rows taken and not by all, so scales fit a little better;
+without refit and descent errors are larger. docs/exl2.md has the measurement.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from quantize.errors import UsageError
 from quantize.layouts import Layout
@@ -21,7 +29,11 @@ from quantize.solver.descend import loss
 from quantize.solver.exl2 import linear_faults, quantize_matrix
 from quantize.solver.factor import Factor, prepare
 
+PREDICTING = 2
+"""Raised whenever predictions come out otherwise: kept ones are told apart by it."""
 ROWS = 96
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+"""Steps that are tried in a group, as shares of the one with which nothing is cut."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +83,63 @@ def _predict(
         errors = tuple(LayoutError(each, each.total_bits(*W.shape), 0.0) for each in layouts)
         return Prediction(0.0, errors)
     taken, weight = sample(energies, rows)
-    found = []
-    for each in layouts:
-        made = quantize_matrix(W[taken], H, factor, each.groups(W.shape[1]), "fast").linear
-        share = loss(W[taken], made.weights(), H) / energies[taken]
-        error = float((share * weight).double().sum())
-        found.append(LayoutError(each, each.total_bits(*W.shape), error))
+    some = W[taken]
+    per_energy = (weight / energies[taken])[:, None]
+    estimates = _estimates(some[:, factor.order], factor.weights, per_energy, layouts)
+    middle = len(layouts) // 2
+    made = quantize_matrix(some, H, factor, layouts[middle].groups(W.shape[1]), "fast").linear
+    measured = float((loss(some, made.weights(), H)[:, None] * per_energy).double().sum())
+    level = measured / estimates[middle] if estimates[middle] > 0 else 1.0
+    found = [
+        LayoutError(each, each.total_bits(*W.shape), level * estimate)
+        for each, estimate in zip(layouts, estimates, strict=True)
+    ]
     return Prediction(energy, tuple(found))
+
+
+def _estimates(
+    target: torch.Tensor, weights: torch.Tensor, per_energy: torch.Tensor, layouts: Sequence[Layout]
+) -> list[float]:
+    """Return the lost share under each layout, of rows f32 (n, K) in the stored order, but for a factor.
+
+    `per_energy`, f32 (n, 1), is what a row's loss counts.
+    """
+    columns: dict[tuple[int, int], torch.Tensor] = {}
+    totals = []
+    for each in layouts:
+        total, start = 0.0, 0
+        for part, width in zip(each.parts, each.widths(target.shape[1]), strict=True):
+            key = part.bits, part.group_size
+            if key not in columns:
+                columns[key] = (column_losses(target, weights, *key) * per_energy).double().sum(0)
+            total += float(columns[key][start : start + width].sum())
+            start += width
+        totals.append(total)
+    return totals
+
+
+def column_losses(target: torch.Tensor, weights: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
+    """Return D_k e_k², f32 (n, K), of rows f32 (n, K) rounded in groups, `weights` f32 (K,) the D.
+
+    Of the steps tried, each row takes in each group the one with the least loss. Groups begin at column 0,
+    where a layout may begin them elsewhere; the last may be short.
+    """
+    n_columns, half = target.shape[1], 2 ** (bits - 1)
+    missing = -n_columns % group_size
+    x = functional.pad(target, (0, missing)).reshape(len(target), -1, group_size)
+    counts = functional.pad(weights, (0, missing)).reshape(-1, group_size)
+    unit = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / (half - 0.5)
+    least = best = torch.empty(0)
+    for share in SHARES:
+        step = unit * share
+        losses = (x - (x / step).round().clamp(-half, half - 1) * step).square() * counts
+        total = losses.sum(-1, keepdim=True)
+        if not len(best):
+            least, best = total, losses
+            continue
+        best = torch.where(total < least, losses, best)
+        least = torch.minimum(total, least)
+    return best.reshape(len(target), -1)[:, :n_columns]
 
 
 def sample(energies: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:

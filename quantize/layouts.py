@@ -38,13 +38,19 @@ class Layout:
     def groups(self, n_inputs: int) -> tuple[Group, ...]:
         """Return the groups of K inputs; `quantize.codecs.exl2.group_faults` knows what K can be held."""
         groups: list[Group] = []
-        left = n_inputs
-        for part in self.parts:
-            wanted = left if part is self.parts[-1] else min(n_inputs * part.share, left)
-            for _ in range(math.ceil(wanted / part.group_size)):
-                groups.append(Group(part.bits, min(part.group_size, left)))
-                left -= groups[-1].size
+        for part, width in zip(self.parts, self.widths(n_inputs), strict=True):
+            starts = range(0, width, part.group_size)
+            groups += [Group(part.bits, min(part.group_size, width - start)) for start in starts]
         return tuple(groups)
+
+    def widths(self, n_inputs: int) -> tuple[int, ...]:
+        """Return how many of K inputs each part takes: whole groups, but for the last of all."""
+        widths: list[int] = []
+        for part in self.parts:
+            left = n_inputs - sum(widths)
+            wanted = left if part is self.parts[-1] else min(n_inputs * part.share, left)
+            widths.append(min(left, math.ceil(wanted / part.group_size) * part.group_size))
+        return tuple(widths)
 
     def total_bits(self, n_outputs: int, n_inputs: int) -> int:
         """Return the bits of a linear (N, K) in the file: see `stored_bits`."""

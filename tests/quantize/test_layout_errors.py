@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from quantize.errors import UsageError
-from quantize.layout_errors import predict, sample
-from quantize.layouts import ATTENTION, layout
+from quantize.layout_errors import SHARES, column_losses, predict, sample
+from quantize.layouts import ATTENTION, DOWN, GATE_UP, layout
 from quantize.solver.descend import loss
 from quantize.solver.exl2 import quantize_exl2
 from tests.quantize.test_solver_linears import problem
@@ -27,12 +27,37 @@ def test_a_sample_is_near_the_full_quantization_for_every_layout() -> None:
     assert errors == sorted(errors, reverse=True)
 
 
-def test_few_rows_are_measured_whole() -> None:
+def test_the_middle_layout_is_measured_itself() -> None:
     W, H = problem(40, 96)
     found = predict({"w": W}, H, {"w": SOME})["w"]
-    for each in found.errors:
-        full = quantize_exl2({"w": W}, H, {"w": each.layout}, "fast")["w"].error
-        assert each.error == pytest.approx(full, rel=1e-4)
+    middle = found.errors[len(SOME) // 2]
+    full = quantize_exl2({"w": W}, H, {"w": middle.layout}, "fast")["w"].error
+    assert middle.error == pytest.approx(full, rel=1e-4)
+
+
+def test_all_layouts_of_all_linears_keep_their_order_and_distance() -> None:
+    for family in (ATTENTION, GATE_UP, DOWN):
+        W, H = problem(64, 256)
+        found = predict({"w": W}, H, {"w": family})["w"].errors
+        full = [quantize_exl2({"w": W}, H, {"w": each}, "fast")["w"].error for each in family]
+        ratios = [each.error / error for each, error in zip(found, full, strict=True)]
+        assert min(ratios) > 0.85 and max(ratios) < 1.2, ratios
+
+
+def test_columns_are_rounded_on_the_best_of_the_steps_tried() -> None:
+    generator = torch.Generator().manual_seed(5)
+    target, weights = torch.randn(3, 40, generator=generator), torch.rand(40, generator=generator)
+    found = column_losses(target, weights, 3, 16)
+    for row in range(3):
+        for start in range(0, 40, 16):
+            x, counts = target[row, start : start + 16], weights[start : start + 16]
+            tried = []
+            for share in SHARES:
+                step = float(x.abs().max()) / 3.5 * share
+                levels = torch.tensor([min(max(round(float(v) / step), -4), 3) for v in x])
+                tried.append((x - levels * step).square() * counts)
+            least = min(tried, key=lambda losses: float(losses.sum()))
+            assert torch.allclose(found[row, start : start + 16], least, rtol=1e-4, atol=1e-9)
 
 
 def test_rows_are_taken_by_their_energy() -> None:
