@@ -33,11 +33,11 @@ from quantize.solver.grid import Grid
 from quantize.solver.linears import ROUNDS, Effort
 from quantize.solver.scales import best_scale, least
 
-MAXIMA = tuple(1.1 * 0.93**i for i in range(12))
+MAXIMA = tuple(1.1 * 0.89**i for i in range(8))
 """Maxima tried in a group, as shares of the one with which no output's best step is cut."""
-NEARER = (0.945, 0.963, 0.982, 1.018, 1.037, 1.055)
+NEARER = (0.94, 0.96, 0.98, 1.02, 1.04, 1.06)
 """Then the maxima tried beside the best, as shares of it."""
-JUDGES = 512
+JUDGES = 128
 """How many outputs decide on a group's maximum."""
 NUDGES = tuple(1 + i / 50 for i in range(-5, 6))
 """Maxima tried when the codes are known, as shares of the present one."""
@@ -214,7 +214,7 @@ def _best_scales(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each output's best scale, uint8 (N,), of the three with steps around `ideal`, and its loss."""
     table = _table(m, ideal.device)
-    nearest = (table[:, None] - ideal).abs().argmin(0)
+    nearest = _nearest(table, ideal)
     around = (nearest + torch.tensor([[0], [-1], [1]], device=ideal.device)).clamp(0, 15)
     zero = torch.full(around.shape, 2.0 ** (bits - 1), device=ideal.device)
     best, losses = least(target, feedback, weights, table[around], zero, bits)
@@ -253,7 +253,7 @@ def _best_steps(
     # The present m comes first: another must be better.
     for other in [m, *_halves([m * share for share in NUDGES], bits)]:
         table = _table(other, best.device)
-        nearest = (table[:, None] - best).abs().argmin(0)
+        nearest = _nearest(table, best)
         nearest = torch.where(curvature > 0, nearest, scales.long() - 1)
         total = float((curvature * (table[nearest] - best).square()).double().sum())
         if total < lowest:
@@ -270,6 +270,11 @@ def _halves(maxima: Sequence[float], bits: int) -> list[float]:
 def _table(m: float, device: torch.device) -> torch.Tensor:
     """Return the sixteen steps, f32 (16,), that an m offers."""
     return step_sizes(_SCALES[:, None], torch.tensor([m * 256]).half())[:, 0].to(device)
+
+
+def _nearest(table: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return which of sixteen rising steps is nearest to each wanted one, int64, the smaller of equals."""
+    return torch.bucketize(wanted, (table[1:] + table[:-1]) / 2)
 
 
 def _starts(groups: tuple[Group, ...]) -> list[int]:
