@@ -16,8 +16,8 @@ import torch
 from converters.checkpoint import Checkpoint
 from converters.stats.archive import Archive
 from quantize.errors import ArchiveError
-from quantize.first_tokens import FirstTokens, OnBlock, first_tokens
-from quantize.reference import INPUTS
+from quantize.first_tokens import FirstTokens, first_tokens
+from quantize.reference import INPUTS, OnBlock
 
 Settings = TypeVar("Settings", bound=Hashable)
 Prepared = TypeVar("Prepared")

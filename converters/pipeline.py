@@ -31,7 +31,7 @@ from converters.plan import ConvertOptions, Plan, Request, Written
 from converters.stream import Export, OnEvent, TensorDone, stream
 from converters.targets import TARGETS
 from quantize.errors import OutputError, PlanError
-from quantize.first_tokens import OnBlock
+from quantize.reference import OnBlock
 
 __all__ = [
     "Reread",

@@ -145,7 +145,7 @@ class Calibration:
         self._finish(watch)
         return moments
 
-    def _weighing(self, layer: int) -> "Weigh | None":
+    def _weighing(self, layer: int) -> Weigh | None:
         """Return what scales a pack's inputs, so that their squares count by the tokens' weights."""
         if self.weights is None:
             return None
@@ -196,7 +196,7 @@ class Calibration:
 class _Watch:
     """Sees every input of a block: adds it to its sum, and notes rows that are not finite."""
 
-    def __init__(self, layer: int, moments: Moments, weigh: "Weigh | None" = None) -> None:
+    def __init__(self, layer: int, moments: Moments, weigh: Weigh | None = None) -> None:
         self.layer, self.moments, self._weigh = layer, moments, weigh
         self.faults: dict[int, Dropped] = {}
         self._pack: Pack | None = None

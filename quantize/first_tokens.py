@@ -14,7 +14,7 @@ position, attention is the value itself. So no text is needed, one tensor is hel
 needs nothing new.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +22,10 @@ from torch.nn import functional
 
 from quantize.llama import EMBEDDING, LlamaConfig, block_tensor
 from quantize.products import linear
-from quantize.reference import INPUTS
+from quantize.reference import INPUTS, OnBlock
 from quantize.weights import Weights
 
 SHARE = 0.125
-OnBlock = Callable[[int, int], None]
-"""Called with the blocks that are done and those in all."""
 
 
 @dataclass(frozen=True)

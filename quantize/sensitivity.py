@@ -29,11 +29,10 @@ from torch.nn import functional
 from quantize.llama import EMBEDDING, FINAL_NORM, HEAD
 from quantize.metrics import chunks
 from quantize.products import linear
-from quantize.reference import INPUTS, Block, ReferenceModel, full_f32, rotary_tables
+from quantize.reference import INPUTS, Block, OnBlock, ReferenceModel, full_f32, rotary_tables
 
 POSITIONS = 256
 """Tokens whose logits are in memory at a time."""
-OnBlock = Callable[[int, int], None]
 Squares = dict[tuple[int, str], torch.Tensor]
 """Squared gradients by (layer, linear), f32 (n_tokens,)."""
 

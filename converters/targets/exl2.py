@@ -7,23 +7,20 @@ shared by all outputs.
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import version
-from threading import Lock
 from typing import Any
 
 import torch
 
 from converters.checkpoint import Checkpoint
-from converters.donors import Donors, slice_key
+from converters.donors import slice_key
 from converters.exl2_measurement import DAMP, decoder_linears, nominal
-from converters.export_folder import ExportFolder
 from converters.hessians import Hessians
 from converters.hf_folder import folder_files, hf_faults
-from converters.places import Piece, Place
+from converters.places import Piece
 from converters.plan import ConvertOptions, FilePlan, Plan, Request, TensorPlan
 from converters.targets import exl2_layout
 from converters.targets.exl2_fit import fit_faults, fit_notes, fitting_bits
@@ -38,6 +35,7 @@ from converters.targets.exl2_types import (
     n_weights,
     parse_layout,
 )
+from converters.targets.solved_folder import SolvedFolder
 from quantize.codecs.exl2 import encode, shape_faults
 from quantize.errors import ArchiveError
 from quantize.layouts import Layout
@@ -119,7 +117,7 @@ class Exl2Target:
         return Exl2Writer(plan, options)
 
 
-class Exl2Writer:
+class Exl2Writer(SolvedFolder[float, tuple[torch.Tensor, Factor]]):
     """The folder of one plan, being written."""
 
     def __init__(self, plan: Plan, options: ConvertOptions) -> None:
@@ -128,46 +126,26 @@ class Exl2Writer:
             raise ArchiveError("EXL2 needs a statistics archive", hint="give --stats, or let dscq calibrate")
         if options.measurement is None:
             raise ArchiveError("EXL2 needs a measurement of its layouts", hint="measure, or read one, first")
-        self._plan, self._hashed, self._effort = plan, options.hash_tensors, options.effort
         layouts = {t.name: parse_layout(t.quant) for t in plan.tensors if t.quant != FLOAT}
         self._groups = {name: each.groups(plan.by_name[name].shape[1]) for name, each in layouts.items()}
         self._places = exl2_layout.places(plan, self._groups)
-        self._hessians = Hessians(options.archive, _prepared, options.device, options.first_tokens)
-        self._reused, self._errors, self._lock = Counter[str](), dict[str, float](), Lock()
-        self._donors = None if options.fresh else Donors(options.folder)
-        self._folder = ExportFolder(plan, options)
+        self._errors: dict[str, float] = {}
+        hessians = Hessians(options.archive, _prepared, options.device, options.first_tokens)
+        super().__init__(plan, options, hessians)
 
-    @property
-    def reused(self) -> Mapping[str, int]:
-        """Bytes that earlier runs had made, by the checkpoint's names of tensors."""
-        return self._reused
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Dampings that had to be raised, and the errors of the linears that this run rounded."""
-        if not self._errors:
-            return self._hessians.log
-        worst = max(self._errors, key=lambda name: self._errors[name])
-        mean = sum(self._errors.values()) / len(self._errors)
-        summary = (
-            f"share of the outputs' energy lost: {mean:.3g} on average over {len(self._errors)} linears, "
-        )
-        return (*self._hessians.log, f"{summary}{self._errors[worst]:.3g} at most ({worst})")
+    def _shares(self) -> Mapping[str, float]:
+        return self._errors
 
     def put(self, name: str, first_row: int, rows: torch.Tensor) -> Piece:
         """Quantize a linear, which comes whole, or round rows (n, K) of another tensor, and write them."""
         tensor, places = self._plan.by_name[name], self._places[name]
         file, groups = self._folder.files[tensor.file], self._groups.get(name)
         if groups is None:
-            place = Place(tensor.offset + 2 * first_row * rows.shape[1], 2 * rows.numel())
-            data = rows.to(torch.float16).contiguous().view(torch.uint8).numpy()
-            return file.put((place,), data.data.cast("B"), hashed=self._hashed)
+            return self._put_float(tensor, first_row, rows)
         rounding = f"{SOLVING} {DAMP} {self._effort} {self._hessians.archive.identity(name)}"
         key = slice_key(rows, f"exl2 {tensor.quant}", 0, None, f"{rounding} {self._hessians.device}")
-        found = file.reuse(key, places, self._donors)
+        found = self._reuse(name, file, key, places)
         if found is not None:
-            with self._lock:
-                self._reused[name] += found.n_bytes
             return found
         H, factor = self._hessians.prepared(name, DAMP)
         result = quantize_matrix(rows.to(self._hessians.device), H, factor, groups, self._effort)
@@ -176,22 +154,6 @@ class Exl2Writer:
         stored = encode(result.linear)
         packed = b"".join(getattr(stored, part).numpy().tobytes() for part in PARTS)
         return file.write(key, places, memoryview(packed))
-
-    def flush(self) -> None:
-        """Wait until the disk has everything."""
-        self._folder.flush()
-
-    def commit(self) -> None:
-        """Give the folder its name."""
-        self._folder.commit()
-
-    def abort(self) -> None:
-        """Leave what was written for the next run."""
-        self._folder.abort()
-
-    def discard(self) -> None:
-        """Remove what was written."""
-        self._folder.discard()
 
 
 def _prepared(

@@ -6,25 +6,23 @@ under the scale in half precision: nothing is rounded twice.
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from threading import Lock
 from typing import Any
 
 import torch
 
 from converters.checkpoint import Checkpoint
-from converters.donors import Donors, slice_key
-from converters.export_folder import ExportFolder
+from converters.donors import slice_key
 from converters.hessians import Hessians
 from converters.hf_folder import folder_files, hf_faults
-from converters.places import Piece, Place
+from converters.places import Piece
 from converters.plan import ConvertOptions, FilePlan, Plan, Request, TensorPlan
 from converters.targets.gptq_layout import FLOAT, ROW_STEP, members, shard, stripe
 from converters.targets.gptq_limits import Verdict, limit_faults, reader_verdicts, verdict_rows
 from converters.targets.gptq_spec import GROUP_SIZES, GptqSpec, parse_shape, parse_spec
+from converters.targets.solved_folder import SolvedFolder
 from quantize.codecs.gptq import VERSIONS, pack_codes, pack_zeros
 from quantize.errors import ArchiveError
 from quantize.llama import LlamaConfig
@@ -92,53 +90,33 @@ class GptqTarget:
         return GptqWriter(plan, options)
 
 
-class GptqWriter:
+class GptqWriter(SolvedFolder[Settings, Input]):
     """The folder of one plan, being written."""
 
     def __init__(self, plan: Plan, options: ConvertOptions) -> None:
         """Create every file, or go on with an interrupted run's; raises OutputError, ArchiveError."""
         if options.archive is None:
             raise ArchiveError("GPTQ needs a statistics archive", hint="give --stats, or let dscq calibrate")
-        self._plan, self._hashed, self._effort = plan, options.hash_tensors, options.effort
         self._specs = {t.name: parse_spec(t.quant) for t in plan.tensors if t.quant != FLOAT}
-        self._hessians = Hessians(options.archive, _prepared, options.device, options.first_tokens)
-        self._reused, self._errors, self._lock = Counter[str](), dict[str, list[float]](), Lock()
-        self._donors = None if options.fresh else Donors(options.folder)
-        self._folder = ExportFolder(plan, options)
+        self._errors: dict[str, list[float]] = {}
+        hessians = Hessians(options.archive, _prepared, options.device, options.first_tokens)
+        super().__init__(plan, options, hessians)
 
-    @property
-    def reused(self) -> Mapping[str, int]:
-        """Bytes that earlier runs had made, by the checkpoint's names of tensors."""
-        return self._reused
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Dampings that had to be raised, and the errors of the linears that this run rounded."""
-        shares = {name: lost / energy for name, (lost, energy) in self._errors.items() if energy > 0}
-        if not shares:
-            return self._hessians.log
-        worst = max(shares, key=lambda name: shares[name])
-        mean = sum(shares.values()) / len(shares)
-        summary = f"share of the outputs' energy lost: {mean:.3g} on average over {len(shares)} linears, "
-        return (*self._hessians.log, f"{summary}{shares[worst]:.3g} at most ({worst})")
+    def _shares(self) -> Mapping[str, float]:
+        return {name: lost / energy for name, (lost, energy) in self._errors.items() if energy > 0}
 
     def put(self, name: str, first_row: int, rows: torch.Tensor) -> Piece:
         """Quantize rows (n, K) of a linear, or round those of another tensor, and write them."""
         tensor = self._plan.by_name[name]
         file, spec = self._folder.files[tensor.file], self._specs.get(name)
         if spec is None:
-            n_bytes = 2 * rows.numel()
-            place = Place(tensor.offset + 2 * first_row * rows.shape[1], n_bytes)
-            data = rows.to(torch.float16).contiguous().view(torch.uint8).numpy()
-            return file.put((place,), data.data.cast("B"), hashed=self._hashed)
+            return self._put_float(tensor, first_row, rows)
         settings = spec.settings(self._effort)
         rounding = f"{SOLVING} {settings} {self._hessians.archive.identity(name)} {self._hessians.device}"
         key = slice_key(rows, str(spec), 0, None, f"{rounding} {first_row == 0}")
         places = stripe(tensor, spec, first_row, len(rows))
-        found = file.reuse(key, places, self._donors)
+        found = self._reuse(name, file, key, places)
         if found is not None:
-            with self._lock:
-                self._reused[name] += found.n_bytes
             return found
         shared = self._hessians.prepared(name, settings)
         result = quantize_rows(rows.to(self._hessians.device), shared)
@@ -150,22 +128,6 @@ class GptqWriter:
             sums = self._errors.setdefault(name, [0.0, 0.0])
             sums[0] += result.lost
             sums[1] += result.energy
-
-    def flush(self) -> None:
-        """Wait until the disk has everything."""
-        self._folder.flush()
-
-    def commit(self) -> None:
-        """Give the folder its name."""
-        self._folder.commit()
-
-    def abort(self) -> None:
-        """Leave what was written for the next run."""
-        self._folder.abort()
-
-    def discard(self) -> None:
-        """Remove what was written."""
-        self._folder.discard()
 
 
 def _prepared(
