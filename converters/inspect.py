@@ -64,9 +64,10 @@ def inspect_path(path: Path) -> Inspection:
     Raises CheckpointError or TokenizerError with all reasons for a checkpoint that cannot be opened, and
     CheckpointError for a GGUF that is truncated or corrupt.
     """
-    if path.is_dir() and (quantization_of(path) or {}).get("quant_method") == "gptq":
+    method = (quantization_of(path) or {}).get("quant_method") if path.is_dir() else None
+    if method == "gptq":
         return _inspect_gptq(open_gptq(path))
-    if path.is_dir() and (quantization_of(path) or {}).get("quant_method") == "exl2":
+    if method == "exl2":
         return _inspect_exl2(open_exl2(path))
     if not path.is_file() or path.suffix.lower() != ".gguf":
         return _inspect_checkpoint(path)

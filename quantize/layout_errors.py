@@ -3,7 +3,7 @@
 Compensated rounding loses Σ_k D_k e_k², D_k what is left of H's diagonal once the columns after k make up for
 what they can (quantize/solver/factor.py), e_k the rounding error of column k. Whatever layout a column is in,
 e_k follows from its bits and its group alone. So every pair of bits and group size is rounded once, without
-compensation, and the losses of the columns are added up as the layouts say: some eight to twelve roundings of the
+compensation, and the losses of the columns are added up as the layouts say: a dozen roundings of the
 simplest kind for twenty layouts. What that leaves out (columns have moved by what was compensated, sixteen
 scales, a maximum shared by all outputs, the damping in D) is much the same for all layouts of a linear. It is
 found by really quantizing it under the middle one, and all others are scaled alike.

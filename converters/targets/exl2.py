@@ -18,13 +18,14 @@ import torch
 from converters.checkpoint import Checkpoint
 from converters.donors import slice_key
 from converters.exl2_measurement import DAMP, decoder_linears, nominal
+from converters.exl2_source import PARTS
 from converters.hessians import Hessians
 from converters.hf_folder import folder_files, hf_faults
 from converters.places import Piece
 from converters.plan import ConvertOptions, FilePlan, Plan, Request, TensorPlan
 from converters.targets import exl2_layout
 from converters.targets.exl2_fit import fit_faults, fit_notes, fitting_bits
-from converters.targets.exl2_layout import FLOAT, PARTS
+from converters.targets.exl2_layout import FLOAT
 from converters.targets.exl2_spec import Exl2Spec, parse_spec
 from converters.targets.exl2_types import (
     Layouts,

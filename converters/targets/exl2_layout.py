@@ -25,7 +25,6 @@ from quantize.codecs.exl2 import Group
 from quantize.errors import PlanError
 
 FLOAT = "F16"
-PARTS = ("q_weight", "q_invperm", "q_scale", "q_scale_max", "q_groups")
 _HEAD = 200  # of a file's head for each tensor, at the most
 _SIZES = {"I32": 4, "F16": 2, "I16": 2}
 
@@ -48,7 +47,7 @@ class Member:
 
 
 def part_shapes(groups: Sequence[Group], shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return dtype and shape of the five tensors of a linear (N, K), in the order of `PARTS`."""
+    """Return dtype and shape of the five tensors of a linear (N, K), in the order of `Exl2Tensors`."""
     n, k = shape
     padded, count = n + -n % 32, len(groups)
     return {
