@@ -22,9 +22,10 @@ from converters.exl2_measurement import (
     measurement_key,
     write_measurement,
 )
+from converters.hessians import hessian
 from converters.proof.tensors import one_torch_thread_each
 from converters.stats.archive import Archive
-from quantize.errors import ArchiveError
+from quantize.first_tokens import FirstTokens
 from quantize.layout_errors import LayoutError, Prediction, predict
 from quantize.weights import Weights
 
@@ -41,11 +42,13 @@ def measure(
     *,
     n_threads: int,
     device: str = "cpu",
+    first: FirstTokens | None = None,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> Measurement:
     """Measure all linears, write the file at `path`, and return what is in it.
 
-    The archive is that of the weights' model. Raises HessianError, ArchiveError, OutputError.
+    The archive is that of the weights' model. The rows' `first` tokens count as they will in the rounding
+    (converters/hessians.py). Raises HessianError, ArchiveError, OutputError.
     """
     inputs = list(_by_input(archive).values())
     notes = _Notes(path, measurement_key(archive))
@@ -54,7 +57,7 @@ def measure(
     count = len(inputs) - len(left)
     on_progress(STAGE, count, len(inputs))
     with one_torch_thread_each(min(n_threads, MOST_WORKERS)) as pool:
-        for found in pool.map(lambda names: _predict(archive, weights, names, device), left):
+        for found in pool.map(lambda names: _predict(archive, weights, names, device, first), left):
             notes.add(found)
             done |= found
             count += 1
@@ -73,12 +76,12 @@ def _by_input(archive: Archive) -> dict[str, list[str]]:
     return inputs
 
 
-def _predict(archive: Archive, weights: Weights, names: list[str], device: str) -> dict[str, Prediction]:
-    H = archive.statistics(names[0]).hessian
-    if H is None:
-        raise ArchiveError(f"{archive.folder}: no Hessian for {names[0]}")
+def _predict(
+    archive: Archive, weights: Weights, names: list[str], device: str, first: FirstTokens | None
+) -> dict[str, Prediction]:
+    H, damp_scale = hessian(archive, names[0], device, first)
     matrices = {name: weights.load(name).to(device) for name in names}
-    return predict(matrices, H.to(device), {name: layouts_of(name) for name in names}, damp=DAMP)
+    return predict(matrices, H, {name: layouts_of(name) for name in names}, damp=DAMP * damp_scale)
 
 
 class _Notes:

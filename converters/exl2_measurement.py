@@ -28,6 +28,7 @@ from converters.exl2_modules import linears_of, module_names, modules_document, 
 from converters.stats.archive import Archive
 from quantize.codecs.exl2 import group_faults
 from quantize.errors import CheckpointError, UsageError
+from quantize.first_tokens import SHARE
 from quantize.layout_errors import PREDICTING, ROWS, Prediction
 from quantize.layouts import ATTENTION, DOWN, GATE_UP, Layout, Part
 from quantize.llama import LlamaConfig, block_tensor
@@ -86,7 +87,8 @@ def measurement_key(archive: Archive) -> str:
     config = archive.config
     inputs = {name: archive.identity(name) for name in decoder_linears(config)}
     tried = {name: [layout.name for layout in layouts_of(f"model.layers.0.{name}.weight")] for name in INPUTS}
-    decided = [SOLVING, PREDICTING, ROWS, DAMP, tried, inputs, archive.manifest.request.model]
+    versions = [SOLVING, PREDICTING, ROWS, DAMP, SHARE]
+    decided = [versions, tried, inputs, archive.gradients(), archive.manifest.request.model]
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
 

@@ -74,19 +74,25 @@ class Hessians(Generic[Settings, Prepared]):
         return made.result()
 
     def _make(self, name: str, settings: Settings) -> Prepared:
-        H = self.archive.statistics(name).hessian
-        if H is None:
-            raise ArchiveError(f"{self.archive.folder}: no Hessian for {name}")
-        H, damp_scale = self._strengthened(H.to(self.device), name)
+        H, damp_scale = hessian(self.archive, name, self.device, self._first)
         made, log = self._prepare(H, damp_scale, settings, name)
         self._log += log
         return made
 
-    def _strengthened(self, H: torch.Tensor, name: str) -> tuple[torch.Tensor, float]:
-        block = _BLOCK.fullmatch(name)
-        if self._first is None or block is None:
-            return H, 1.0
-        return self._first.strengthen(H, int(block[1]), INPUTS[block[2]], self.archive.manifest.n_tokens)
+
+def hessian(
+    archive: Archive, name: str, device: str = "cpu", first: FirstTokens | None = None
+) -> tuple[torch.Tensor, float]:
+    """Return the Hessian of a matrix's input, f32 (K, K), by its name, and what to multiply its damping with.
+
+    With `first`, the first tokens of rows have their share in it, if it is a block's. Raises ArchiveError.
+    """
+    H, block = archive.statistics(name).hessian, _BLOCK.fullmatch(name)
+    if H is None:
+        raise ArchiveError(f"{archive.folder}: no Hessian for {name}")
+    if first is None or block is None:
+        return H.to(device), 1.0
+    return first.strengthen(H.to(device), int(block[1]), INPUTS[block[2]], archive.manifest.n_tokens)
 
 
 def first_tokens_of(

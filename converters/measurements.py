@@ -110,22 +110,28 @@ def measured(
     """Return the options with what EXL2's layouts cost: read, or measured now and kept in the output."""
     from converters.exl2_measure import measure
     from converters.exl2_measurement import NAME
-    from converters.pipeline import check_destination, read_licences
+    from converters.pipeline import check_destination, first_tokens_known, read_licences
 
     options = _with_measurement(choices, checkpoint, [plan.request for plan in plans], options)
-    if options.measurement is not None or options.archive is None:
+    archive = options.archive
+    if options.measurement is not None or archive is None:
         return options
     check_destination(plans, options, checkpoint.source_files)
     read_licences(checkpoint)
     path = choices.output / NAME
     terminal.say(f"measuring: what each layout costs, once for all sizes, in {path}")
+    with terminal.stages("blocks") as report:
+        options = first_tokens_known(
+            checkpoint, options, lambda done, total: report("first tokens", done, total)
+        )
     with terminal.stages("inputs") as report:
         measurement = measure(
-            options.archive,
+            archive,
             checkpoint.weights,
             path,
             n_threads=options.n_threads,
             device=options.device,
+            first=options.first_tokens,
             on_progress=report,
         )
     return replace(options, measurement=measurement)

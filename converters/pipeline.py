@@ -37,6 +37,7 @@ __all__ = [
     "Reread",
     "TensorDone",
     "convert",
+    "first_tokens_known",
     "mark_failed",
     "plan_exports",
     "reread_hashes",
@@ -94,7 +95,14 @@ def with_first_tokens(
     That is a pass of a few tokens through the blocks; `on_block` is called with (done, in all).
     """
     compensated = any(tensor.compensated for plan in plans for tensor in plan.tensors)
-    if options.archive is None or options.first_tokens is not None or not compensated:
+    return first_tokens_known(checkpoint, options, on_block) if compensated else options
+
+
+def first_tokens_known(
+    checkpoint: Checkpoint, options: ConvertOptions, on_block: OnBlock = lambda done, total: None
+) -> ConvertOptions:
+    """Return the options with the inputs of rows' first tokens, if there is an archive which needs them."""
+    if options.archive is None or options.first_tokens is not None:
         return options
     if options.archive.sensitive:  # where they weigh what they are found to weigh
         return options

@@ -61,11 +61,17 @@ def with_losses(
     terminal: Terminal, checkpoint: "Checkpoint", options: "ConvertOptions", *, measure: bool = True
 ) -> "ConvertOptions":
     """Return the options with predicted losses: those of an earlier plan, or new ones if they may be made."""
+    from converters.pipeline import first_tokens_known
     from converters.type_losses import kept_losses, measured_losses
 
     kept = kept_losses(options)
     if kept is not None or not measure:
         return replace(options, losses=kept)
+    if options.compensate:
+        with terminal.stages("blocks") as report:
+            options = first_tokens_known(
+                checkpoint, options, lambda done, total: report("first tokens", done, total)
+            )
     with terminal.stages("matrices") as report:
         found = measured_losses(checkpoint, options, lambda done, total: report("losses", done, total))
     return replace(options, losses=found)

@@ -10,9 +10,9 @@ devices or on who was first.
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,6 +20,7 @@ from converters.places import Piece
 from converters.plan import ConvertOptions, Plan
 from converters.targets.base import Writer
 from quantize.errors import CheckpointError, PlanError
+from quantize.llama import HEAD
 from quantize.weights import Weights
 
 SLICE_ELEMENTS = 1 << 20
@@ -61,7 +62,10 @@ class _Slice:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a worker found in a slice, and what it wrote to each export: nothing when it only looked."""
+    """What a worker found in a slice, and what it wrote to each export: nothing when it only looked.
+
+    The rows that were written are not kept: outcomes may have to wait for one before them.
+    """
 
     part: _Slice
     peak: float
@@ -83,8 +87,11 @@ def stream(
         pending: deque[Future[_Outcome]] = deque()
         for part in run.slices():
             pending.append(pool.submit(run.work, part))
-            # The queue bounds what is in flight; results come out in the order of the slices.
-            if len(pending) > 2 * n_workers:
+            # Bounds what is in flight; one slice that takes long must not keep the others from going on.
+            in_flight = [future for future in pending if not future.done()]
+            if len(in_flight) > 2 * n_workers:
+                wait(in_flight, return_when=FIRST_COMPLETED)
+            while pending and pending[0].done():  # results come out in the order of the slices
                 run.settle(pending.popleft().result())
         while pending:
             run.settle(pending.popleft().result())
@@ -98,12 +105,19 @@ class _Stream:
     ) -> None:
         self.weights, self.exports, self.on_event = weights, exports, on_event
         planned = set().union(*(export.plan.by_name for export in exports))
-        self.specs = {name: spec for name, spec in weights.specs().items() if name in planned}
+        specs = {name: spec for name, spec in weights.specs().items() if name in planned}
+        self.specs = {name: specs[name] for name in sorted(specs, key=self._comes_later)}
         self.n_done, self.n_total = 0, sum(spec.n_bytes for spec in self.specs.values())
         self.pieces: list[dict[str, list[Piece]]] = [{name: [] for name in self.specs} for _ in exports]
         self.on_gpu = options.on_gpu
         self.not_finite: dict[str, Counter[str]] = {}
         self.too_large: dict[tuple[str, str], float] = {}
+
+    def _comes_later(self, name: str) -> bool:
+        """Say whether others come first. None does before an output matrix that one worker must take whole:
+        it is by far the longest work, and at the end the other workers would wait for it."""
+        plans = [export.plan.by_name[name] for export in self.exports]
+        return name != HEAD or all(plan.row_step < plan.shape[0] for plan in plans)
 
     def slices(self) -> Iterator[_Slice]:
         """Load tensor after tensor and cut each into slices of whole steps of rows."""
@@ -128,7 +142,7 @@ class _Stream:
         if not fits or self.not_finite or self.too_large or not math.isfinite(peak):
             return _Outcome(part, peak)
         written = [export.writer.put(part.name, part.first_row, part.rows) for export in self.exports]
-        return _Outcome(part, peak, tuple(written))
+        return _Outcome(replace(part, rows=part.rows[:0]), peak, tuple(written))
 
     def settle(self, outcome: _Outcome) -> None:
         """Take note of a slice's outcome, in the order of the slices."""

@@ -38,7 +38,7 @@ Losses = Mapping[str, Mapping[str, float]]
 """Nats by the checkpoint's name of a matrix and by quant type."""
 OnTensor = Callable[[int, int], None]
 _Shared = tuple[torch.Tensor, BlockFactor | None]
-_VERSION = 1
+_VERSION = 2
 
 
 def kept_losses(options: ConvertOptions) -> Losses | None:
@@ -61,6 +61,7 @@ def measured_losses(
 ) -> Losses:
     """Predict the loss of every matrix under every type it can have, and keep them in the archive's folder.
 
+    Options that compensate have the rows' first tokens, unless tokens count by their gradients anyway.
     `on_tensor` is called with (done, in all). Raises ArchiveError for an archive that has diagonals alone,
     HessianError, and OutputError where the folder cannot be written.
     """
@@ -80,7 +81,7 @@ def measured_losses(
 class _Work:
     def __init__(self, checkpoint: Checkpoint, archive: Archive, options: ConvertOptions) -> None:
         self.checkpoint, self.compensate = checkpoint, options.compensate
-        self.hessians: Hessians[bool, _Shared] = Hessians(archive, _prepared)
+        self.hessians: Hessians[bool, _Shared] = Hessians(archive, _prepared, first=options.first_tokens)
         self.rows = {} if options.importances is None else options.importances.rows
         self.frequencies = token_frequencies(archive.token_counts())
         self.measured, self.gradients = set(archive.linears()), archive.gradients() or {}

@@ -29,7 +29,7 @@ from quantize.solver.descend import loss
 from quantize.solver.exl2 import linear_faults, quantize_matrix
 from quantize.solver.factor import Factor, prepare
 
-PREDICTING = 2
+PREDICTING = 3
 """Raised whenever predictions come out otherwise: kept ones are told apart by it."""
 ROWS = 96
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)

@@ -17,6 +17,8 @@ again and differentiated. One block is held at a time, whatever the chunk.
               states       states      <- [block 1] <- gradient of the last states
 
 Linears that share an input share a weight: the sum of what each would have, divided by its mean.
+
+To put a price on errors, the mean of |g|^2 over a few thousand tokens is enough (`mean_gradients`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +35,8 @@ from quantize.reference import INPUTS, Block, OnBlock, ReferenceModel, full_f32,
 
 POSITIONS = 256
 """Tokens whose logits are in memory at a time."""
+SAMPLE, LONGEST = 4096, 512
+"""Tokens over which gradients are averaged, and how many of them a row has at the most."""
 Squares = dict[tuple[int, str], torch.Tensor]
 """Squared gradients by (layer, linear), f32 (n_tokens,)."""
 
@@ -70,6 +74,13 @@ def token_weights(
     A chunk is rows of up to `chunk_tokens` tokens, or one longer row. `on_block` is called with (blocks done,
     in all), twice a block and chunk. The same arguments give the same weights.
     """
+    squares = _squares(model, rows, chunk_tokens, seed, on_block)
+    return TokenWeights(_shared(squares), {place: float(each.mean()) for place, each in squares.items()})
+
+
+def _squares(
+    model: ReferenceModel, rows: Sequence[torch.Tensor], chunk_tokens: int, seed: int, on_block: OnBlock
+) -> Squares:
     differentiable = _Differentiable(model.config, model.weights, model.device)
     parts, generator = _chunks(rows, chunk_tokens), torch.Generator().manual_seed(seed)
     found: list[Squares] = []
@@ -83,8 +94,31 @@ def token_weights(
     with full_f32():
         for part in parts:
             found.append(differentiable.squares(part, generator, step))
-    squares = {place: torch.cat([part[place] for part in found]).nan_to_num(0, 0, 0) for place in found[0]}
-    return TokenWeights(_shared(squares), {place: float(each.mean()) for place, each in squares.items()})
+    return {place: torch.cat([part[place] for part in found]).nan_to_num(0, 0, 0) for place in found[0]}
+
+
+def mean_gradients(
+    model: ReferenceModel,
+    rows: Sequence[torch.Tensor],
+    n_tokens: int = SAMPLE,
+    on_block: OnBlock = lambda done, total: None,
+) -> dict[tuple[int, str], float]:
+    """Return the mean |g|^2 by (layer, linear) over about `n_tokens` tokens of rows of ids, int64 (n,).
+
+    Rows are taken at even distances, and of each its beginning. First tokens are left out, in whose place
+    the Hessians have their share (quantize/first_tokens.py), unless there are no others.
+    """
+    some = sample_rows(rows, n_tokens)
+    later = torch.cat([torch.arange(len(row)) > 0 for row in some])
+    squares = _squares(model, some, LONGEST, 0, on_block)
+    return {place: float((each[later] if later.any() else each).mean()) for place, each in squares.items()}
+
+
+def sample_rows(rows: Sequence[torch.Tensor], n_tokens: int) -> list[torch.Tensor]:
+    """Return the beginnings of evenly spread rows, at most `LONGEST` of each, `n_tokens` or little more."""
+    lengths = [min(len(row), LONGEST) for row in rows]
+    count = min(len(rows), -(-n_tokens * len(rows) // sum(lengths)))
+    return [rows[i * len(rows) // count][:LONGEST] for i in range(count)]
 
 
 def chunk_tokens_for(n_layers: int, hidden_size: int, free_bytes: int) -> int:

@@ -89,8 +89,12 @@ class Archive:
         return self._tensors(HEAD, ["token_counts"])["token_counts"]
 
     def gradients(self) -> dict[str, float] | None:
-        """Return the mean |g|^2 at each linear's output by its tensor's name; None where all count alike."""
-        if not self.sensitive:
+        """Return the mean |g|^2 at each linear's output by its tensor's name; None where it is not known.
+
+        It is over the tokens' weights where the archive is `sensitive`, else over all but first tokens.
+        """
+        self._check(HEAD)
+        if members.GRADIENTS not in members.member_names(self.folder / HEAD):
             return None
         found = members.gradients_of(self._tensors(HEAD, [members.GRADIENTS])[members.GRADIENTS])
         return {block_tensor(layer, name): value for (layer, name), value in found.items()}

@@ -5,9 +5,9 @@ block-00000.safetensors ...   for each input of the block's linears (attention_i
                                   <input>.n_tokens       I64 (1,)
                                   <input>.diagonal       F32 (K,)             mean of x_j^2
                                   <input>.correlations   I16 (K*(K-1)/2,)     see quantize/statistics.py
-head.safetensors              the same of head_input, and token_counts I64 (vocab_size,); and, where tokens
-                              count by their gradients, gradients F32 (n_layers, 7): the mean |g|^2 of q, k,
-                              v, o, gate, up, down
+head.safetensors              the same of head_input, and token_counts I64 (vocab_size,); and, with Hessians,
+                              gradients F32 (n_layers, 7): the mean |g|^2 of q, k, v, o, gate, up, down (of
+                              archives from before this was the rule, only where tokens count by gradients)
 rows.safetensors              ids I32 (n_tokens,), lengths I32 (n_rows,), kinds U8 (n_rows,)
 weights.safetensors           only until the run is done, where tokens count by their gradients:
                               <layer>.<input> F32 (n_tokens,) for each block and input
@@ -130,6 +130,15 @@ def write_member(folder: Path, name: str, tensors: Mapping[str, torch.Tensor]) -
         member = Member(partial.stat().st_size, file_hash(partial))
         partial.replace(path)
     return member
+
+
+def member_names(path: Path) -> set[str]:
+    """Return the names of a member's tensors; raises ArchiveError for a file that is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ArchiveError(f"{path}: cannot be read: {error}") from None
 
 
 def read_member(path: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@
     weights    where tokens count by their gradients: a pass back and forth, kept until the run is done
     embed      the states of all rows
     blocks     member after member; progress is noted after each
-    head       the output matrix's input, token counts, the rows
+    head       the output matrix's input, token counts, the rows; mean gradients, if no weights had them
     manifest   last, and then what was only needed to go on is removed
 
 Several ranks (torchrun) share the rows and the folder. Rank 0 decides and writes; its errors are everybody's.
@@ -55,7 +55,7 @@ from quantize.errors import DscqError, UsageError
 from quantize.llama import block_tensor
 from quantize.ranks import Ranks, joined_ranks, rank_device
 from quantize.reference import HEAD_INPUT, INPUTS, OnBlock, ReferenceModel, usable_device
-from quantize.sensitivity import TokenWeights, chunk_tokens_for, token_weights
+from quantize.sensitivity import TokenWeights, chunk_tokens_for, mean_gradients, token_weights
 from quantize.statistics import PackedStatistics, SecondMoment, merge, pack
 
 Result = TypeVar("Result")
@@ -74,7 +74,7 @@ def calibrate_checkpoint(
     `identity` says which corpus the rows are, in what JSON has (its "name" is shown). An interrupted run goes
     on where it was and ends in the same bytes; a finished archive of the same request is returned as it
     is. `on_block` is called, on rank 0, with (blocks done, blocks in all), `on_weights` likewise while
-    tokens' weights are made.
+    gradients are made.
 
     Raises UsageError for rows that the model cannot take; ArchiveError, with all that changed, for a folder
     that another request began, and for an archive to `add` that does not fit; OutputError for a full disk;
@@ -94,7 +94,7 @@ def calibrate_checkpoint(
             model = ReferenceModel(checkpoint.config, checkpoint.weights, device)
             with _threads(task.progress.threads):
                 weights = _weights(model, task, options, on_weights) if options.sensitivity else None
-                _Run(model, task, options.folder, together, weights).run(on_block)
+                _Run(model, task, options.folder, together, weights).run(on_block, on_weights)
         together.do(lambda: remove_leftovers(options.folder))
         return together.do(lambda: open_archive(options.folder))
 
@@ -155,7 +155,7 @@ class _Run:
         self.calibration = Calibration(model, task.rows.lengths.tolist(), settings, together.ranks, weights)
         self.calibration.dropped = list(task.progress.dropped)
 
-    def run(self, on_block: OnBlock | None) -> None:
+    def run(self, on_block: OnBlock | None, on_gradients: OnBlock | None) -> None:
         """Do what is left to do, down to the manifest."""
         number, n_layers = self.together.ranks.number, self.model.config.n_layers
         stem = self.folder / f"{STATES}{number}"
@@ -170,7 +170,7 @@ class _Run:
                 if on_block is not None and number == 0:
                     on_block(layer + 1, n_layers)
             head = self.calibration.head(states)
-        self.together.do(lambda: self._finish(head))
+        self.together.do(lambda: self._finish(head, on_gradients or (lambda done, total: None)))
 
     def _note(self, progress: Progress) -> None:
         self.progress = progress
@@ -198,7 +198,7 @@ class _Run:
             return moment.packed()
         return pack(merge(self.task.base.statistics(linear), moment.statistics()))
 
-    def _finish(self, head: SecondMoment) -> None:
+    def _finish(self, head: SecondMoment, on_gradients: OnBlock) -> None:
         """Write the last members and the manifest."""
         base, rows = self.task.base, self.task.rows
         counts = torch.bincount(rows.ids.long(), minlength=self.model.config.vocab_size)
@@ -208,7 +208,7 @@ class _Run:
             rows = join_rows(base.rows(), rows)
         kinds = tuple(dict.fromkeys(rows.kinds))
         tensors = statistic_tensors(HEAD_INPUT, self._packed(llama.HEAD, head)) | {"token_counts": counts}
-        tensors |= self._gradients()
+        tensors |= self._gradients(on_gradients)
         members: dict[str, Member] = {
             **self.progress.members,
             HEAD: write_member(self.folder, HEAD, tensors),
@@ -221,15 +221,17 @@ class _Run:
         manifest = Manifest(request, threads, *sizes, kinds, (*earlier, *dropped), members)
         write_manifest(self.folder, manifest)
 
-    def _gradients(self) -> dict[str, torch.Tensor]:
+    def _gradients(self, on_block: OnBlock) -> dict[str, torch.Tensor]:
         """Return the mean squared gradients, with those of the archive to add to, by tokens."""
         weights, base = self.calibration.weights, self.task.base
-        if weights is None:
+        if self.progress.request.options["diagonal_only"]:
             return {}
-        own = gradient_tensor(weights.gradients)
+        rows = self.task.rows.split()
+        found = mean_gradients(self.model, rows, on_block=on_block) if weights is None else weights.gradients
+        own = gradient_tensor(found)
         if base is not None and (earlier := base.gradients()) is not None:
             n_own, n_base = len(self.task.rows.ids), base.manifest.n_tokens
-            places = {place: earlier[block_tensor(*place)] for place in weights.gradients}
+            places = {place: earlier[block_tensor(*place)] for place in found}
             own = torch.lerp(own, gradient_tensor(places), n_base / (n_own + n_base))
         return {GRADIENTS: own}
 

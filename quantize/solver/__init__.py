@@ -20,5 +20,5 @@ independent; within a row, the errors of correlated columns can cancel, and that
 Nothing here knows a file: GPTQ's groups, ggml's blocks and EXL2's rows are all such grids.
 """
 
-SOLVING = 3
+SOLVING = 4
 """The version of the solver: raised when it gives other codes or scales than before."""

@@ -13,7 +13,7 @@ import numpy as np
 from quantize.codecs.native.arithmetic import ONE, ZERO, Bytes, Floats
 from quantize.codecs.native.compiled import fused, inlined
 from quantize.codecs.native.tiles import LANES, float_tile, lanes
-from quantize.solver.kernels import _load, _load_codes, _store, _values
+from quantize.solver.kernels import _load_codes, _store, _values, load
 
 _AHEAD = 8  # columns that gather together: what they read of all before is read once
 _ROUNDER = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves no bits behind the point
@@ -100,9 +100,9 @@ def round_block(
     scales, bases = float_tile(scale.shape[1]), float_tile(scale.shape[1])
     inverses = float_tile(scale.shape[1])
     for first in range(0, len(target), LANES):
-        _load(target, first, weight)
-        _load(scale, first, scales)
-        _load(base, first, bases)
+        load(target, first, weight)
+        load(scale, first, scales)
+        load(base, first, bases)
         for i in range(len(scales)):
             invert(scales[i], inverses[i])
         for j in range(n):
@@ -146,10 +146,10 @@ def move_block(
     scales, bases = float_tile(scale.shape[1]), float_tile(scale.shape[1])
     inverses = float_tile(scale.shape[1])
     for first in range(0, len(gradient), LANES):
-        _load(gradient, first, slope)
+        load(gradient, first, slope)
         _load_codes(codes, first, old)
-        _load(scale, first, scales)
-        _load(base, first, bases)
+        load(scale, first, scales)
+        load(base, first, bases)
         for i in range(len(scales)):
             invert(scales[i], inverses[i])
         for j in range(n):

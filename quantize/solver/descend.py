@@ -62,7 +62,7 @@ def descend(
         for start, end in _blocks(W.shape[1], block, cuts):
             places = torch.arange(start, end, device=W.device)
             part = H[start:end]
-            moved, moves = _move_block(
+            moved, moves = move_block(
                 gradient[:, start:end], part[:, start:end], grid.columns(places), codes[:, start:end]
             )
             codes[:, start:end] = moved
@@ -141,7 +141,7 @@ def _step(
     return torch.where(helps & torch.isfinite(best), step, 0.0)
 
 
-def _move_block(
+def move_block(
     gradient: torch.Tensor, H: torch.Tensor, grid: Grid, codes: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a block's codes after each was moved to its best, and what that added to Ŵ."""
@@ -155,7 +155,7 @@ def _move_block(
 def _move_columns(
     gradient: torch.Tensor, H: torch.Tensor, grid: Grid, codes: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `_move_block` does, with torch alone."""
+    """Do what `move_block` does, with torch alone."""
     slope, codes, moves = gradient.clone(), codes.clone(), torch.empty_like(gradient)
     for j, group in enumerate(grid.group.tolist()):
         scale, base = grid.scale[:, group], grid.base[:, group]

@@ -18,6 +18,7 @@ returned has it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import get_args
 
 import torch
@@ -27,22 +28,11 @@ from quantize.errors import UsageError
 from quantize.layouts import Layout
 from quantize.products import linear
 from quantize.solver.compensate import BLOCK, Walk
-from quantize.solver.descend import descend, loss
+from quantize.solver.descend import loss, move_block
+from quantize.solver.exl2_groups import TINY, fit, group_grid, search_group
 from quantize.solver.factor import Factor, prepare
 from quantize.solver.grid import Grid
 from quantize.solver.linears import ROUNDS, Effort
-from quantize.solver.scales import best_scale, least
-
-MAXIMA = tuple(1.1 * 0.89**i for i in range(8))
-"""Maxima tried in a group, as shares of the one with which no output's best step is cut."""
-NEARER = (0.94, 0.96, 0.98, 1.02, 1.04, 1.06)
-"""Then the maxima tried beside the best, as shares of it."""
-JUDGES = 128
-"""How many outputs decide on a group's maximum."""
-NUDGES = tuple(1 + i / 50 for i in range(-5, 6))
-"""Maxima tried when the codes are known, as shares of the present one."""
-_SCALES = torch.arange(1, 17, dtype=torch.uint8)
-_TINY = 2.0**-24  # the smallest half above zero
 
 
 @dataclass(frozen=True)
@@ -77,7 +67,7 @@ class Steps:
 
     def columns(self, places: torch.Tensor) -> Grid:
         """Return the grid of neighbouring columns `places`, int64 (k,), whose groups have one width."""
-        of = self._of()[places]
+        of = self._of[places]
         first, last = int(of[0]), int(of[-1])
         widths = {group.bits for group in self.groups[first : last + 1]}
         if len(widths) != 1:
@@ -91,21 +81,15 @@ class Steps:
     def levels(self, codes: torch.Tensor) -> torch.Tensor:
         """Return codes - 2^(bits - 1), f32 (N, K)."""
         zeros = torch.tensor([2.0 ** (group.bits - 1) for group in self.groups], device=codes.device)
-        return codes.float() - zeros[self._of()]
+        return codes.float() - zeros[self._of]
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the weights, f32 (N, K), of codes uint8 (N, K)."""
-        return self.levels(codes) * self.sizes()[:, self._of()]
+        return self.levels(codes) * self.sizes()[:, self._of]
 
-    def cuts(self) -> list[int]:
-        """Return the columns at which another width begins."""
-        starts, found = _starts(self.groups), []
-        for before, after, start in zip(self.groups, self.groups[1:], starts[1:], strict=False):
-            if before.bits != after.bits:
-                found.append(start)
-        return found
-
+    @cached_property
     def _of(self) -> torch.Tensor:
+        """The group of each column, int64 (K,)."""
         sizes = torch.tensor([group.size for group in self.groups], device=self.scales.device)
         return torch.arange(len(self.groups), device=self.scales.device).repeat_interleave(sizes)
 
@@ -138,8 +122,7 @@ def quantize_matrix(
     codes, steps = round_groups(W, factor, groups)
     stored = W.float()[:, factor.order].contiguous()
     for _ in range(ROUNDS[effort]):
-        steps = refit(stored, codes, factor.hessian, steps)
-        codes = descend(stored, codes, factor.hessian, steps, cuts=steps.cuts())
+        codes, steps = improve(stored, codes, factor.hessian, steps)
     made = Exl2Linear(codes, groups, steps.scales, steps.stored_maxima(), factor.order)
     energy = float(loss(W, torch.zeros_like(W), H).double().sum())
     lost = float(loss(W, made.weights(), H).double().sum())
@@ -153,7 +136,7 @@ def round_groups(W: torch.Tensor, factor: Factor, groups: tuple[Group, ...]) -> 
     """
     walk, count = Walk(W, factor), len(groups)
     scales = torch.ones(len(W), count, dtype=torch.uint8, device=W.device)
-    steps = Steps(groups, scales, torch.full((count,), _TINY, device=W.device))
+    steps = Steps(groups, scales, torch.full((count,), TINY, device=W.device))
     starts = _starts(groups)
     for i, (group, start) in enumerate(zip(groups, starts, strict=True)):
         end = start + group.size
@@ -166,115 +149,31 @@ def round_groups(W: torch.Tensor, factor: Factor, groups: tuple[Group, ...]) -> 
     return walk.codes()[:, factor.order], steps
 
 
-def search_group(
-    target: torch.Tensor, feedback: torch.Tensor, weights: torch.Tensor, bits: int
-) -> tuple[torch.Tensor, float]:
-    """Return the scales, uint8 (N,), and the m that round a group, f32 (N, k), with the least loss in all.
-
-    For each m, an output takes the best of the three scales around its own best step; the loss of a group is
-    that under compensation inside it (quantize/solver/scales.py). `JUDGES` outputs decide on m for all.
-    """
-    ideal, _ = best_scale(target, feedback, weights, bits, symmetric=True)
-    some, speaks_for = _judges(ideal)
-    judges, wanted = target[some], ideal[some]
-
-    def loss_with(m: float) -> float:
-        losses = _best_scales(judges, feedback, weights, wanted, m, bits)[1]
-        return float((losses * speaks_for).double().sum())
-
-    top = float(ideal.max()) / 256
-    m = min(_halves([top * share for share in MAXIMA], bits), key=loss_with)
-    m = min([m, *_halves([m * share for share in NEARER], bits)], key=loss_with)
-    return _best_scales(target, feedback, weights, ideal, m, bits)[0], m
-
-
-def _judges(ideal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the outputs that decide, int64 (J,), and for how many each speaks, f32 (J,).
-
-    Half of them are those with the largest steps, which a maximum cuts first and alone: a few outputs of
-    large weights, missed, can cost more than all others gain. The other half is spread over the rest.
-    """
-    order = torch.argsort(ideal, descending=True, stable=True)
-    if len(order) <= JUDGES:
-        return order, torch.ones_like(ideal)
-    large, rest = order[: JUDGES // 2], order[JUDGES // 2 :]
-    spread = torch.linspace(0, len(rest) - 1, JUDGES - len(large), device=ideal.device).round().long()
-    shares = torch.ones(JUDGES, device=ideal.device)
-    shares[len(large) :] = len(rest) / len(spread)
-    return torch.cat([large, rest[spread]]), shares
-
-
-def _best_scales(
-    target: torch.Tensor,
-    feedback: torch.Tensor,
-    weights: torch.Tensor,
-    ideal: torch.Tensor,
-    m: float,
-    bits: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each output's best scale, uint8 (N,), of the three with steps around `ideal`, and its loss."""
-    table = _table(m, ideal.device)
-    nearest = _nearest(table, ideal)
-    around = (nearest + torch.tensor([[0], [-1], [1]], device=ideal.device)).clamp(0, 15)
-    zero = torch.full(around.shape, 2.0 ** (bits - 1), device=ideal.device)
-    best, losses = least(target, feedback, weights, table[around], zero, bits)
-    return (around.gather(0, best[None])[0] + 1).to(torch.uint8), losses
-
-
-def refit(W: torch.Tensor, codes: torch.Tensor, H: torch.Tensor, steps: Steps) -> Steps:
-    """Return the steps with each group's m and scales moved to their best for these codes, one by one.
+def improve(
+    W: torch.Tensor, codes: torch.Tensor, H: torch.Tensor, steps: Steps
+) -> tuple[torch.Tensor, Steps]:
+    """Return better codes and steps: group after group, first its m and scales are moved to their best for
+    the codes, then each code to its best for the steps.
 
     All is in the stored order: W f32 (N, K), codes uint8 (N, K), H f32 (K, K). The loss of all outputs
     together never rises, up to the rounding of f32; that of a single one may, where m moves.
     """
-    gradient = linear(W - steps.values(codes), H)
-    levels, sizes = steps.levels(codes), steps.sizes()
-    scales, maxima = steps.scales.clone(), steps.maxima.clone()
+    gradient, codes = linear(W - steps.values(codes), H), codes.clone()
+    steps = replace(steps, scales=steps.scales.clone(), maxima=steps.maxima.clone())
     for i, (group, start) in enumerate(zip(steps.groups, _starts(steps.groups), strict=True)):
-        places = slice(start, start + group.size)
-        part, shape = H[places], levels[:, places]
-        slope = (gradient[:, places] * shape).sum(1)
-        curvature = (linear(shape.contiguous(), part[:, places].contiguous()) * shape).sum(1)
-        best = sizes[:, i] + torch.where(curvature > 0, slope / curvature, 0.0)
-        scales[:, i], maxima[i] = _best_steps(best, curvature, scales[:, i], float(maxima[i]), group.bits)
-        moved = _table(float(maxima[i]), W.device)[scales[:, i].long() - 1] - sizes[:, i]
-        gradient -= linear((moved[:, None] * shape).contiguous(), part.T.contiguous())
-    return replace(steps, scales=scales, maxima=maxima)
-
-
-def _best_steps(
-    best: torch.Tensor, curvature: torch.Tensor, scales: torch.Tensor, m: float, bits: int
-) -> tuple[torch.Tensor, float]:
-    """Return the scales and the m with the least Σ curvature (step - best)², of the m near the present one.
-
-    An output without curvature keeps its scale.
-    """
-    lowest, chosen, found = float("inf"), m, scales
-    # The present m comes first: another must be better.
-    for other in [m, *_halves([m * share for share in NUDGES], bits)]:
-        table = _table(other, best.device)
-        nearest = _nearest(table, best)
-        nearest = torch.where(curvature > 0, nearest, scales.long() - 1)
-        total = float((curvature * (table[nearest] - best).square()).double().sum())
-        if total < lowest:
-            lowest, chosen, found = total, other, (nearest + 1).to(torch.uint8)
-    return found, chosen
-
-
-def _halves(maxima: Sequence[float], bits: int) -> list[float]:
-    """Return the different m, as halves hold them, with which every code at every scale is finite."""
-    highest = 65504.0 / 256 / 2 ** (bits - 1)
-    return sorted(set(torch.tensor(maxima).clamp(_TINY, highest).half().tolist()))
-
-
-def _table(m: float, device: torch.device) -> torch.Tensor:
-    """Return the sixteen steps, f32 (16,), that an m offers."""
-    return step_sizes(_SCALES[:, None], torch.tensor([m * 256]).half())[:, 0].to(device)
-
-
-def _nearest(table: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Return which of sixteen rising steps is nearest to each wanted one, int64, the smaller of equals."""
-    return torch.bucketize(wanted, (table[1:] + table[:-1]) / 2)
+        end = start + group.size
+        inside, slope = H[start:end, start:end].contiguous(), gradient[:, start:end].contiguous()
+        shape = codes[:, start:end].float() - 2.0 ** (group.bits - 1)
+        fitted = fit(
+            slope, shape, linear(shape, inside), steps.scales[:, i], float(steps.maxima[i]), group.bits
+        )
+        steps.scales[:, i], steps.maxima[i] = fitted.scales, fitted.maximum
+        found, moves = move_block(fitted.slope, inside, group_grid(group, fitted.sizes), codes[:, start:end])
+        codes[:, start:end] = found
+        if end < W.shape[1]:  # columns that are done are looked at no more: the next round begins anew
+            moves = torch.addcmul(moves, fitted.moved[:, None], shape)
+            gradient[:, end:] -= linear(moves, H[end:, start:end].contiguous())
+    return codes, steps
 
 
 def _starts(groups: tuple[Group, ...]) -> list[int]:

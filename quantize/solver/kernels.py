@@ -16,7 +16,7 @@ from quantize.codecs.native.tiles import LANES, float_tile, lanes
 
 
 @native
-def _load(matrix: Floats, first: int, tile: Floats) -> None:
+def load(matrix: Floats, first: int, tile: Floats) -> None:
     """Copy rows (N, B) from `first` on into the lanes of a tile (B, 64); no row is a row of zeros."""
     present = min(LANES, len(matrix) - first)
     tile[:, present:] = ZERO
@@ -108,8 +108,8 @@ def compensate_block(
     scales, bases, inverse, values = lanes(), lanes(), lanes(), lanes()
     uniform = len(middles) == 0
     for first in range(0, len(W), LANES):
-        _load(W, first, weight)
-        _load(target, first, goal)
+        load(W, first, weight)
+        load(target, first, goal)
         for j in range(n):
             if j == 0 or group[j] != group[j - 1]:
                 _load_group(scale, first, group[j], scales)
@@ -146,7 +146,7 @@ def descend_block(
     goal, new, before, after, back = lanes(), lanes(), lanes(), lanes(), lanes()
     uniform = len(middles) == 0
     for first in range(0, len(gradient), LANES):
-        _load(gradient, first, slope)
+        load(gradient, first, slope)
         _load_codes(codes, first, old)
         for j in range(n):
             if j == 0 or group[j] != group[j - 1]:
@@ -178,6 +178,37 @@ def _load_codes(codes: Bytes, first: int, tile: Floats) -> None:
 
 
 @native
+def lose(
+    weight: Floats,
+    feedback: Floats,
+    weights: Floats,
+    scales: Floats,
+    bases: Floats,
+    levels: Floats,
+    goal: Floats,
+    work: Floats,
+    loss: Floats,
+) -> None:
+    """Set what each lane loses, Σ weights_k * (target_k - value_k)², when a group's tile (B, 64) is rounded.
+
+    `levels` are 0, 1, 2, ...; `goal`, (B, 64), and `work`, (4, 64), are there to be written in.
+    """
+    inverse, codes, values, error = work[0], work[1], work[2], work[3]
+    middles = np.empty(0, np.float32)
+    loss[:] = ZERO
+    _invert(scales, inverse)
+    goal[:, :] = weight
+    for j in range(len(weight)):
+        _round(goal[j], inverse, bases, levels, middles, codes)
+        _values(codes, scales, bases, levels, True, values)
+        for lane in range(LANES):
+            miss = goal[j, lane] - values[lane]
+            loss[lane] += weights[j] * miss * miss
+            error[lane] = weight[j, lane] - values[lane]
+        _hand_on(goal, j, error, feedback[j])
+
+
+@native
 def choose_block(
     W: Floats,
     feedback: Floats,
@@ -194,27 +225,16 @@ def choose_block(
     The first of equals wins.
     """
     n = W.shape[1]
-    weight, goal, middles = float_tile(n), float_tile(n), np.empty(0, np.float32)
-    scales, bases, inverse, values, codes = lanes(), lanes(), lanes(), lanes(), lanes()
-    error, loss = lanes(), lanes()
+    weight, goal, work = float_tile(n), float_tile(n), float_tile(4)
+    scales, bases, loss = lanes(), lanes(), lanes()
     for first in range(0, len(W), LANES):
-        _load(W, first, weight)
+        load(W, first, weight)
         present = min(LANES, len(W) - first)
         for candidate in range(len(scale)):
             for lane in range(LANES):
                 scales[lane] = scale[candidate, first + lane] if lane < present else ZERO
                 bases[lane] = base[candidate, first + lane] if lane < present else ZERO
-                loss[lane] = ZERO
-            _invert(scales, inverse)
-            goal[:, :] = weight
-            for j in range(n):
-                _round(goal[j], inverse, bases, levels, middles, codes)
-                _values(codes, scales, bases, levels, True, values)
-                for lane in range(LANES):
-                    miss = goal[j, lane] - values[lane]
-                    loss[lane] += weights[j] * miss * miss
-                    error[lane] = weight[j, lane] - values[lane]
-                _hand_on(goal, j, error, feedback[j])
+            lose(weight, feedback, weights, scales, bases, levels, goal, work, loss)
             for lane in range(present):
                 if candidate == 0 or loss[lane] < out_loss[first + lane]:
                     out_best[first + lane] = candidate

@@ -14,7 +14,7 @@ from quantize.codecs.native.arithmetic import ONE, ZERO, Bytes, Floats, nearest
 from quantize.codecs.native.compiled import fused
 from quantize.codecs.native.tiles import LANES, float_tile, lanes
 from quantize.solver.block_kernels import _gather_ahead, gather, invert
-from quantize.solver.kernels import _load, _load_group, _store
+from quantize.solver.kernels import _load_group, _store, load
 from quantize.solver.point_kernels import (
     Book,
     flip,
@@ -203,7 +203,7 @@ def move_points(
     room = make_room(book), float_tile(8), float_tile(8), float_tile(8), float_tile(12), float_tile(8)
     units, now = lanes(), float_tile(4)
     for first in range(0, len(gradient), LANES):
-        _load(gradient, first, slope)
+        load(gradient, first, slope)
         load_lanes(unit, first, units)
         _load_signs(signs, first, all_signs)
         _load_points(points, first, all_points)

@@ -15,7 +15,7 @@ from quantize.codecs.native.arithmetic import ONE, ZERO, Bytes, Floats
 from quantize.codecs.native.compiled import fused
 from quantize.codecs.native.tiles import LANES, float_tile, lanes
 from quantize.solver.block_kernels import _gather_ahead, gather, invert
-from quantize.solver.kernels import _load, _load_group, _store
+from quantize.solver.kernels import _load_group, _store, load
 from quantize.solver.point_kernels import Book, flip, load_lanes, make_room, multiply, place, store_signs
 
 _TWO = np.float32(2)
@@ -223,7 +223,7 @@ def round_points(
     room = make_room(book), float_tile(8), float_tile(8), float_tile(8), float_tile(12)
     units, now, loss, least = lanes(), lanes(), lanes(), lanes()
     for first in range(0, len(target), LANES):
-        _load(target, first, weight)
+        load(target, first, weight)
         load_lanes(unit, first, units)
         for at in range(0, len(order), n_sub):
             sub = order[at] // n_sub

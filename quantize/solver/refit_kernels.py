@@ -18,7 +18,7 @@ from quantize.codecs.native.arithmetic import ONE, ZERO, Bytes, Floats, half, ne
 from quantize.codecs.native.compiled import fused
 from quantize.codecs.native.tiles import LANES, float_tile, lanes
 from quantize.solver.block_kernels import gather
-from quantize.solver.kernels import _load, _store
+from quantize.solver.kernels import _store, load
 
 _TOO_SMALL = np.float32(1e-5)
 _LARGEST = np.float32(65504)
@@ -183,7 +183,7 @@ def refit_block(
     for j in range(n_groups):
         ones[j] = _inside(hessian, j * n, n)
     for first in range(0, len(gradient), LANES):
-        _load(gradient, first, slope)
+        load(gradient, first, slope)
         for j in range(n_groups):
             column = j * n
             load_scales(scales, first, j, now)

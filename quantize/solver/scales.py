@@ -208,15 +208,20 @@ def _range(
     W: torch.Tensor, bits: int, symmetric: bool, shares: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scale and zero, f32 (C, N), of the grids that span C shares of each row's range."""
-    top = 2**bits - 1
     if symmetric:
-        scale = _half(shares[:, None] * W.abs().amax(1) * 2 / top)
-        return scale, torch.full_like(scale, 2.0 ** (bits - 1))
+        return symmetric_range(W, bits, shares)
+    top = 2**bits - 1
     low, high = W.amin(1).clamp(max=0), W.amax(1).clamp(min=0)
     # Without a negative weight the zero-point would be 0, where readers disagree: then 1..top span the range.
     steps = torch.where(low * top > -0.5 * (high - low), float(top - 1), float(top))
     scale = _half(shares[:, None] * (high - low) / steps)
     return scale, (-low * shares[:, None] / scale).round().clamp(1, top)
+
+
+def symmetric_range(W: torch.Tensor, bits: int, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and zero, f32 (C, N), of symmetric grids that span shares, f32 (C,), of a row's range."""
+    scale = _half(shares[:, None] * W.abs().amax(1) * 2 / (2**bits - 1))
+    return scale, torch.full_like(scale, 2.0 ** (bits - 1))
 
 
 def _half(scale: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from converters.exl2_measurement import (
     measurement_key,
     read_measurement,
 )
+from converters.hessians import first_tokens_of, hessian
 from converters.stats.archive import Archive
 from converters.targets.exl2_types import choose
 from quantize.errors import UsageError
@@ -45,6 +47,20 @@ def test_the_numbers_are_the_predictions(model: Model) -> None:
     for name in names:
         found = [(choice.layouts[name], choice.bits, choice.error) for choice in slots[name]]
         assert found == [(each.layout, each.bits, each.error) for each in expected[name].errors]
+
+
+def test_first_tokens_count_as_they_will_in_the_rounding(model: Model, tmp_path: Path) -> None:
+    first = first_tokens_of(model.checkpoint, model.archive)
+    file, weights = tmp_path / "measurement.json", model.checkpoint.weights
+    found = measure(model.archive, weights, file, n_threads=1, first=first).document["linears"]
+    plain, name = model.measurement.document["linears"], "model.layers.0.mlp.down_proj.weight"
+    H, damp_scale = hessian(model.archive, name, first=first)
+    W = weights.load(name).float()
+    assert damp_scale < 1
+    assert found[name]["energy"] == pytest.approx(float(((W @ H) * W).sum()), rel=1e-3)
+    assert found[name]["energy"] > 1.01 * plain[name]["energy"]
+    expected = predict({name: W}, H, {name: layouts_of(name)}, damp=DAMP * damp_scale)[name]
+    assert [each["error"] for each in found[name]["layouts"]] == [each.error for each in expected.errors]
 
 
 def test_the_file_holds_the_whole_measurement(model: Model) -> None:
@@ -166,7 +182,8 @@ def test_exllamav2_can_read_ours(model: Model, tmp_path: Path) -> None:
         for name in choice.layouts
     }
     whole = choose(config, theirs, bits, 6).layouts
-    single = choose(config, model.measurement, bits, 6).layouts
+    slots = tuple(tuple(replace(each, nats=None) for each in slot) for slot in model.measurement.slots)
+    single = choose(config, replace(model.measurement, slots=slots), bits, 6).layouts
     of_whole, of_single = (
         sum(SENSITIVITY[linear_kind(n)] * errors[n, layouts[n]] for n in decoder_linears(config))
         for layouts in (whole, single)

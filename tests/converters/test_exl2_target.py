@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
@@ -21,6 +22,7 @@ from converters.exl2_measurement import DAMP, nominal
 from converters.exl2_source import linear_of, open_exl2
 from converters.hessians import first_tokens_of
 from converters.pipeline import convert, mark_failed, plan_exports, reread_hashes
+from converters.places import Piece
 from converters.plan import ConvertOptions, Request, Written
 from converters.targets import parse_request
 from converters.targets.exl2_types import budget_of, choose, n_weights, parse_layout
@@ -52,6 +54,27 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def linear(tensors: dict[str, torch.Tensor], module: str) -> Exl2Tensors:
     return Exl2Tensors(*(tensors[f"{module}.{part}"] for part in PARTS))
+
+
+def test_an_output_matrix_that_takes_long_stops_nobody(model: Model) -> None:
+    """It is begun first, and the others, more than the queue holds, are written meanwhile."""
+    plan = plan_exports(model.checkpoint, [SIZE], model.options(Path()))[0]
+    others, began = threading.Semaphore(0), list[str]()
+
+    class Slow:
+        def put(self, name: str, first_row: int, rows: torch.Tensor) -> Piece:
+            began.append(name)
+            if name == HEAD:
+                assert all(others.acquire(timeout=30) for _ in range(len(plan.tensors) - 1))
+            else:
+                others.release()
+            return Piece((), "")
+
+    done: list[str] = []
+    export, options = stream.Export(plan, Slow()), model.options(Path(), n_threads=2)  # type: ignore[arg-type]
+    pieces = stream.stream(model.checkpoint.weights, [export], options, lambda each: done.append(each.name))
+    assert began[0] == done[0] == HEAD
+    assert sorted(done) == sorted(plan.by_name) and all(len(each) == 1 for each in pieces[0].values())
 
 
 def test_the_folder_holds_what_the_solver_finds(model: Model, written: Written) -> None:

@@ -21,7 +21,7 @@ from quantize.calibrate import Calibration, Settings
 from quantize.errors import ArchiveError, CalibrationError, OutputError, UsageError
 from quantize.llama import block_tensor
 from quantize.reference import INPUTS, ReferenceModel
-from quantize.sensitivity import token_weights
+from quantize.sensitivity import mean_gradients, token_weights
 from quantize.states import MemoryStates
 from quantize.statistics import Statistics, merge
 from tests.conftest import MakeCheckpoint
@@ -290,6 +290,31 @@ def test_somebody_elses_folder_is_left_alone(source: Path, tmp_path: Path) -> No
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
+def test_gradients_are_averaged_over_later_tokens(source: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    checkpoint, options = open_checkpoint(source), CalibrateOptions(tmp_path / "stats")
+    archive = calibrate_checkpoint(checkpoint, ROWS, {}, options, on_weights=lambda *done: seen.append(done))
+    expected = mean_gradients(
+        ReferenceModel(checkpoint.config, checkpoint.weights), [row.ids for row in ROWS]
+    )
+    found = archive.gradients()
+    assert found == {block_tensor(*place): pytest.approx(value) for place, value in expected.items()}
+    assert seen[-1] == (2 * checkpoint.config.n_layers, 2 * checkpoint.config.n_layers)
+    more = calibrate(source, tmp_path / "more", rows=rows_of(9, seed=1), add=archive.folder)
+    other = calibrate(source, tmp_path / "other", rows=rows_of(9, seed=1))
+    sums, name = more.gradients(), "model.layers.0.mlp.up_proj.weight"
+    own = other.gradients()
+    assert found is not None and own is not None and sums is not None
+    n_tokens = archive.manifest.n_tokens, other.manifest.n_tokens
+    mean = (found[name] * n_tokens[0] + own[name] * n_tokens[1]) / sum(n_tokens)
+    assert sums[name] == pytest.approx(mean, rel=1e-5)
+
+
+def test_archives_from_before_gradients_were_the_rule_have_none(source: Path, tmp_path: Path) -> None:
+    diagonals = calibrate(source, tmp_path / "diagonals", diagonal_only=True)
+    assert diagonals.gradients() is None
+
+
 def test_tokens_count_by_their_gradients_where_that_is_asked_for(source: Path, tmp_path: Path) -> None:
     archive = calibrate(source, tmp_path / "weighed", sensitivity=True)
     assert archive.sensitive and not (tmp_path / "weighed" / "weights.safetensors").exists()
@@ -319,7 +344,7 @@ def test_tokens_count_by_their_gradients_where_that_is_asked_for(source: Path, t
     assert gradients[block_tensor(*place)] == pytest.approx(found.gradients[place], rel=1e-4)
     # The output matrix's inputs count alike, as do all of an archive that was not asked to weigh.
     plain = calibrate(source, tmp_path / "plain")
-    assert not plain.sensitive and plain.gradients() is None
+    assert not plain.sensitive
     assert torch.equal(archive.statistics(llama.HEAD).diagonal, plain.statistics(llama.HEAD).diagonal)
     with pytest.raises(ArchiveError) as caught:
         calibrate(source, tmp_path / "sum", rows=rows_of(9, seed=1), add=plain.folder, sensitivity=True)

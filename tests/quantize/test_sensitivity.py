@@ -6,7 +6,14 @@ from torch.nn import functional
 
 from quantize.llama import EMBEDDING, FINAL_NORM, HEAD, block_tensor
 from quantize.reference import INPUTS, ReferenceModel, rotary_tables
-from quantize.sensitivity import TokenWeights, chunk_tokens_for, fisher_kl, token_weights
+from quantize.sensitivity import (
+    TokenWeights,
+    chunk_tokens_for,
+    fisher_kl,
+    mean_gradients,
+    sample_rows,
+    token_weights,
+)
 from quantize.weights import TensorWeights
 from tests.quantize.test_first_tokens import CONFIG, weights
 
@@ -61,6 +68,28 @@ def test_weights_are_squared_gradients_shared_by_the_linears_of_an_input(chunk: 
         for name in INPUTS:
             assert found.gradients[layer, name] == pytest.approx(float(squares[layer, name].mean()), rel=1e-3)
     assert found.of(CONFIG.n_layers, "head_input") is None
+
+
+def test_mean_gradients_leave_first_tokens_out() -> None:
+    model = ReferenceModel(CONFIG, weights())
+    found, squares = mean_gradients(model, ROWS), plain_squares(model, ROWS)
+    later = torch.cat([torch.arange(len(row)) > 0 for row in ROWS])
+    assert found.keys() == squares.keys()
+    for place, each in squares.items():
+        assert found[place] == pytest.approx(float(each[later].mean()), rel=2e-3)
+        assert found[place] != pytest.approx(float(each.mean()), rel=1e-2)
+    alone = [row[:1] for row in ROWS]  # nothing but first tokens
+    expected = {place: float(each.mean()) for place, each in plain_squares(model, alone).items()}
+    assert mean_gradients(model, alone) == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_sample_is_the_beginnings_of_evenly_spread_rows() -> None:
+    rows = [torch.full((length,), i) for i, length in enumerate([600, 2048, 2048, 600, 512, 2048, 600, 512])]
+    some = sample_rows(rows, 2048)
+    assert [(int(row[0]), len(row)) for row in some] == [(0, 512), (2, 512), (4, 512), (6, 512)]
+    assert [len(row) for row in sample_rows(rows, 1 << 20)] == [512] * 8
+    short = [torch.full((10,), i) for i in range(100)]
+    assert sum(len(row) for row in sample_rows(short, 205)) == 210
 
 
 def test_progress_counts_both_ways_of_every_chunk() -> None:

@@ -72,7 +72,7 @@ def test_torch_and_the_compiled_loops_agree(kind: int) -> None:
     assert torch.equal(codes, same_codes)
     torch.testing.assert_close(errors, same_errors, rtol=0, atol=1e-5)
     gradient, codes = (W - grid.values(grid.nearest(W))) @ H, grid.nearest(W)
-    one, other = (f(gradient, H, grid, codes) for f in (descent._move_block, descent._move_columns))
+    one, other = (f(gradient, H, grid, codes) for f in (descent.move_block, descent._move_columns))
     assert torch.equal(one[0], other[0])
     assert not torch.equal(one[0], codes)
     torch.testing.assert_close(one[1], other[1], rtol=0, atol=1e-5)

@@ -10,9 +10,11 @@ import torch
 from quantize.codecs.exl2 import Group, decode, encode, step_sizes
 from quantize.errors import UsageError
 from quantize.layouts import ATTENTION, DOWN, Layout, layout
+from quantize.solver import exl2_groups
 from quantize.solver.compensate import round_block
 from quantize.solver.descend import descend, loss
-from quantize.solver.exl2 import Steps, quantize_exl2, quantize_matrix, refit, round_groups, search_group
+from quantize.solver.exl2 import Steps, improve, quantize_exl2, quantize_matrix, round_groups
+from quantize.solver.exl2_groups import Fitted, search_group
 from quantize.solver.factor import Factor, prepare
 from quantize.solver.grid import affine_grid
 from quantize.solver.linears import Effort
@@ -70,7 +72,7 @@ def test_a_sample_of_outputs_decides_for_all(
     factor = prepare(H, order="natural")
     lost = []
     for judges in (600, 120):
-        monkeypatch.setattr("quantize.solver.exl2.JUDGES", judges)
+        monkeypatch.setattr("quantize.solver.exl2_groups.JUDGES", judges)
         scales, m = search_group(W, factor.feedback, factor.weights, bits)
         assert len(set(scales.tolist())) > 3
         lost.append(float(left(W, factor, table(m)[scales.long() - 1], bits).sum()))
@@ -85,12 +87,64 @@ def grid_of(W: torch.Tensor, groups: tuple[Group, ...]) -> tuple[torch.Tensor, S
     return codes, steps, factor.hessian
 
 
+def fitted_native_and_not(
+    W: torch.Tensor, codes: torch.Tensor, H: torch.Tensor, steps: Steps
+) -> tuple[Fitted, Fitted]:
+    """Fit the only group of the steps to the codes, both ways."""
+    slope, shape = (W - steps.values(codes)) @ H, steps.levels(codes)
+    maxima = [float(steps.maxima[0]) * share for share in (1.0, 0.9, 0.92, 0.94, 0.96, 0.98, 1.02, 1.05)]
+    arguments = (slope, shape, shape @ H, steps.scales[:, 0], torch.tensor(maxima).half().tolist())
+    return exl2_groups._fit_native(*arguments), exl2_groups._fit(*arguments)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_kernels_choose_what_torch_does(bits: int) -> None:
+    """Also at a row of zeros, and where no step of the sixteen is wide enough."""
+    W, H = problem(90, 64, seed=bits)
+    W[7] = 0
+    W[8] *= 1e5
+    factor = prepare(H, order="activation")
+    group = (W[:, factor.order].contiguous(), factor.feedback, factor.weights)
+    ideal = exl2_groups._ideal(*group, bits)
+    assert torch.equal(ideal, exl2_groups._ideal_native(*group, bits))
+    maxima = [2.0**-24, *torch.tensor([float(ideal[5]) / 256, float(ideal[8]) / 256]).half().tolist()]
+    found = exl2_groups._best_scales(*group, ideal, maxima, bits)
+    scales, losses = exl2_groups._best_scales_native(*group, ideal, maxima, bits)
+    assert torch.equal(scales, found[0])
+    assert torch.equal(losses, found[1])
+    codes, steps, H = grid_of(W, (Group(bits, 64),))
+    one, other = fitted_native_and_not(W, codes, H, steps)
+    assert one.maximum == other.maximum
+    assert (one.scales != other.scales).float().mean() < 0.03  # sums in another order
+    same = one.scales == other.scales
+    assert torch.equal(one.sizes[same], other.sizes[same])
+    assert torch.equal(one.moved[same], other.moved[same])
+    scale = float((W @ H).abs().max())
+    assert torch.allclose(one.slope[same], other.slope[same], atol=1e-4 * scale)
+    assert int(one.scales[7]) == int(steps.scales[7, 0])
+
+
+def test_what_is_left_of_the_slope_is_that_of_the_new_steps() -> None:
+    W, _ = problem(40, 32, seed=1)
+    codes, steps, H = grid_of(W, (Group(3, 32),))
+    rough = replace(steps, maxima=(steps.maxima * 1.06).half().float())
+    for found in fitted_native_and_not(W, codes, H, rough):
+        new = replace(rough, scales=found.scales[:, None], maxima=torch.tensor([found.maximum]))
+        assert torch.equal(found.sizes, new.sizes()[:, 0])
+        assert torch.allclose(found.moved, new.sizes()[:, 0] - rough.sizes()[:, 0])
+        assert torch.allclose(
+            found.slope, (W - new.values(codes)) @ H, atol=1e-4 * float((W @ H).abs().max())
+        )
+
+
 def test_refitting_finds_the_best_steps_for_the_codes() -> None:
     """One group: every scale under every maximum near the present one, each loss computed in full."""
     W, _ = problem(40, 32, seed=1)
     codes, steps, H = grid_of(W, (Group(3, 32),))
     rough = replace(steps, maxima=(steps.maxima * 1.06).half().float())
-    fitted = refit(W, codes, H, rough)
+    slope, shape = (W - rough.values(codes)) @ H, rough.levels(codes)
+    found = exl2_groups.fit(slope, shape, shape @ H, rough.scales[:, 0], float(rough.maxima[0]), 3)
+    fitted = replace(rough, scales=found.scales[:, None], maxima=torch.tensor([found.maximum]))
     reached = float(loss(W, fitted.values(codes), H).sum())
     best, present = float("inf"), float(rough.maxima[0])
     middle = int(torch.tensor([present]).half().view(torch.int16))
@@ -104,22 +158,20 @@ def test_refitting_finds_the_best_steps_for_the_codes() -> None:
     assert reached < 0.99 * float(loss(W, rough.values(codes), H).sum())
 
 
-def test_no_step_of_refit_and_descent_raises_the_loss() -> None:
+def test_no_round_of_fitting_and_descent_raises_the_loss() -> None:
     W, _ = problem(60, 160, seed=2)
     groups = (Group(5, 32), Group(4, 32), Group(4, 32), Group(2, 48), Group(2, 16))
     codes, steps, H = grid_of(W, groups)
     losses = [float(loss(W, steps.values(codes), H).sum())]
     for _ in range(4):
-        steps = refit(W, codes, H, steps)
-        losses.append(float(loss(W, steps.values(codes), H).sum()))
-        codes = descend(W, codes, H, steps, cuts=steps.cuts())
+        codes, steps = improve(W, codes, H, steps)
         losses.append(float(loss(W, steps.values(codes), H).sum()))
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(losses))
     assert losses[-1] < 0.9 * losses[0]
     for i, (group, start) in enumerate(zip(groups, (0, 32, 64, 96, 144), strict=True)):
         assert int(codes[:, start : start + group.size].max()) == 2**group.bits - 1, i
     # At the end no single code can be moved to its gain.
-    codes = descend(W, codes, H, steps, 30, cuts=steps.cuts())
+    codes = descend(W, codes, H, steps, 30, cuts=(32, 96))
     least = loss(W, steps.values(codes), H)
     tops = torch.tensor([2**group.bits - 1 for group in groups]).repeat_interleave(
         torch.tensor([group.size for group in groups])
@@ -199,7 +251,6 @@ def test_weights_of_any_size_have_finite_steps() -> None:
 
 def test_columns_of_two_widths_are_no_grid() -> None:
     steps = Steps((Group(4, 32), Group(3, 32)), torch.ones(2, 2, dtype=torch.uint8), torch.ones(2))
-    assert steps.cuts() == [32]
     with pytest.raises(ValueError, match=r"widths \[3, 4\]"):
         steps.columns(torch.arange(30, 40))
 

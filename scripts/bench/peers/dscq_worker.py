@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.exl2_measure import measure
 from converters.exl2_measurement import NAME, measurement_key, read_measurement
-from converters.pipeline import convert
+from converters.pipeline import convert, first_tokens_known
 from converters.plan import ConvertOptions, Request
 from converters.stats.archive import Archive, open_archive
 from converters.stats.prepare import CalibrateOptions
@@ -133,8 +133,10 @@ def export(source: str, folder: str, out: str, config: str) -> None:
 def measure_layouts(source: str, folder: str, out: str, config: str) -> None:
     """Measure what each of EXL2's layouts costs each linear."""
     arguments: dict[str, Any] = json.loads(config)
-    weights, path = open_checkpoint(source).weights, Path(out) / NAME
-    measure(open_archive(Path(folder)), weights, path, n_threads=arguments["threads"])
+    checkpoint, archive, threads = open_checkpoint(source), open_archive(Path(folder)), arguments["threads"]
+    options = first_tokens_known(checkpoint, ConvertOptions(Path(), archive=archive))
+    first = options.first_tokens
+    measure(archive, checkpoint.weights, Path(out) / NAME, n_threads=threads, first=first)
 
 
 def exl2(source: str, folder: str, out: str, config: str) -> None:
