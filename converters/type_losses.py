@@ -84,7 +84,8 @@ class _Work:
         self.hessians: Hessians[bool, _Shared] = Hessians(archive, _prepared, first=options.first_tokens)
         self.rows = {} if options.importances is None else options.importances.rows
         self.frequencies = token_frequencies(archive.token_counts())
-        self.measured, self.gradients = set(archive.linears()), archive.gradients() or {}
+        self.gradients, self.knows_embedding = archive.gradients() or {}, archive.knows_embedding
+        self.measured = {*archive.linears(), *([EMBEDDING] if self.knows_embedding else [])}
 
     @torch.inference_mode()
     def predict(self, name: str) -> dict[str, float]:
@@ -95,12 +96,19 @@ class _Work:
         kind = _kind(name, self.checkpoint.config)
         weights, rows = self._weights(kind, W), type_errors.ROWS
         found = predict_types(W, types, Rounding(factor, importance), H, weights, rows)
+        return predicted_kl(kind, found, self._whole(name, kind, found.energy, W.shape[0]))
+
+    def _whole(self, name: str, kind: str, energy: float, n_outputs: int) -> float | None:
+        """Return the nats that all of a matrix's energy stands for, where gradients say it."""
+        if kind == type_errors.EMBEDDING:
+            return energy / 2 if self.knows_embedding else None
         gradient = self.gradients.get(name)
-        whole = None if gradient is None else fisher_kl(found.energy, W.shape[0], gradient)
-        return predicted_kl(kind, found, whole)
+        return None if gradient is None else fisher_kl(energy, n_outputs, gradient)
 
     def _weights(self, kind: str, W: torch.Tensor) -> torch.Tensor | None:
         if kind == type_errors.OUTPUT:
+            return self.frequencies
+        if kind == type_errors.EMBEDDING and self.knows_embedding:
             return self.frequencies
         if kind == type_errors.EMBEDDING:
             return self.frequencies / W.square().sum(1).clamp(min=1e-30)

@@ -57,6 +57,26 @@ class FirstTokens:
         return strengthened, before / after if after > 0 else 1.0
 
 
+@dataclass(frozen=True)
+class FirstShare:
+    """The weights of rows' tokens, `weights` f32 (n_tokens,) at every input, with which first tokens have
+    their share of the sum (quantize/shifted.py)."""
+
+    weights: torch.Tensor
+
+    def of(self, _layer: int, _name: str) -> torch.Tensor:
+        """Return the weights."""
+        return self.weights
+
+
+def first_share(lengths: Sequence[int], share: float = SHARE) -> FirstShare:
+    """Return the weights of the tokens of rows of these lengths: 1, and for first ones what H' gives them."""
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    weights, added = torch.ones(sum(lengths)), share - len(lengths) / sum(lengths)
+    weights[starts] += max(added, 0.0) * sum(lengths) / len(lengths)
+    return FirstShare(weights)
+
+
 @torch.no_grad()
 def first_tokens(
     config: LlamaConfig,

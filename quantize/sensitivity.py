@@ -19,6 +19,9 @@ again and differentiated. One block is held at a time, whatever the chunk.
 Linears that share an input share a weight: the sum of what each would have, divided by its mean.
 
 To put a price on errors, the mean of |g|^2 over a few thousand tokens is enough (`mean_gradients`).
+
+An embedding is looked up, and has no inputs. An error e in a token's row costs about 1/2 e G e^T wherever the
+token stands, with G = E[g g^T], g the gradient at the embedding's output: what H is to a linear.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +35,7 @@ from quantize.llama import EMBEDDING, FINAL_NORM, HEAD
 from quantize.metrics import chunks
 from quantize.products import linear
 from quantize.reference import INPUTS, Block, OnBlock, ReferenceModel, full_f32, rotary_tables
+from quantize.statistics import SecondMoment, Statistics
 
 POSITIONS = 256
 """Tokens whose logits are in memory at a time."""
@@ -47,10 +51,12 @@ class TokenWeights:
 
     `gradients` has the mean of |g|^2 by (layer, linear): with N outputs, an error E of that linear costs
     about 1/2 |g|^2 / N tr(E H E^T) nats, H made with these weights, as if all outputs mattered alike.
+    `embedding` is G, over all but rows' first tokens.
     """
 
     weights: Mapping[tuple[int, str], torch.Tensor]
     gradients: Mapping[tuple[int, str], float]
+    embedding: Statistics
 
     def of(self, layer: int, name: str) -> torch.Tensor | None:
         """Return the weights at an input; None for the output matrix's, where tokens count alike."""
@@ -74,16 +80,18 @@ def token_weights(
     A chunk is rows of up to `chunk_tokens` tokens, or one longer row. `on_block` is called with (blocks done,
     in all), twice a block and chunk. The same arguments give the same weights.
     """
-    squares = _squares(model, rows, chunk_tokens, seed, on_block)
-    return TokenWeights(_shared(squares), {place: float(each.mean()) for place, each in squares.items()})
+    squares, embedding = _squares(model, rows, chunk_tokens, seed, on_block)
+    means = {place: float(each.mean()) for place, each in squares.items()}
+    return TokenWeights(_shared(squares), means, embedding)
 
 
 def _squares(
     model: ReferenceModel, rows: Sequence[torch.Tensor], chunk_tokens: int, seed: int, on_block: OnBlock
-) -> Squares:
+) -> tuple[Squares, Statistics]:
+    """Return |g|^2 of all tokens, and G."""
     differentiable = _Differentiable(model.config, model.weights, model.device)
     parts, generator = _chunks(rows, chunk_tokens), torch.Generator().manual_seed(seed)
-    found: list[Squares] = []
+    found, embedding = list[Squares](), SecondMoment(model.config.hidden_size, model.device)
     done, total = 0, 2 * len(parts) * model.config.n_layers
 
     def step() -> None:
@@ -93,8 +101,20 @@ def _squares(
 
     with full_f32():
         for part in parts:
-            found.append(differentiable.squares(part, generator, step))
-    return {place: torch.cat([part[place] for part in found]).nan_to_num(0, 0, 0) for place in found[0]}
+            squares, gradients = differentiable.squares(part, generator, step)
+            found.append(squares)
+            embedding.add(torch.cat([row[len(row) > 1 :] for row in gradients]).nan_to_num(0, 0, 0))
+    names = found[0]
+    joined = {place: torch.cat([part[place] for part in found]).nan_to_num(0, 0, 0) for place in names}
+    return joined, embedding.statistics()
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The mean |g|^2 by (layer, linear), and G at the embedding's output."""
+
+    means: Mapping[tuple[int, str], float]
+    embedding: Statistics
 
 
 def mean_gradients(
@@ -102,16 +122,17 @@ def mean_gradients(
     rows: Sequence[torch.Tensor],
     n_tokens: int = SAMPLE,
     on_block: OnBlock = lambda done, total: None,
-) -> dict[tuple[int, str], float]:
-    """Return the mean |g|^2 by (layer, linear) over about `n_tokens` tokens of rows of ids, int64 (n,).
+) -> Gradients:
+    """Return the mean squares of gradients over about `n_tokens` tokens of rows of ids, int64 (n,).
 
     Rows are taken at even distances, and of each its beginning. First tokens are left out, in whose place
     the Hessians have their share (quantize/first_tokens.py), unless there are no others.
     """
     some = sample_rows(rows, n_tokens)
     later = torch.cat([torch.arange(len(row)) > 0 for row in some])
-    squares = _squares(model, some, LONGEST, 0, on_block)
-    return {place: float((each[later] if later.any() else each).mean()) for place, each in squares.items()}
+    squares, embedding = _squares(model, some, LONGEST, 0, on_block)
+    means = {place: float((each[later] if later.any() else each).mean()) for place, each in squares.items()}
+    return Gradients(means, embedding)
 
 
 def sample_rows(rows: Sequence[torch.Tensor], n_tokens: int) -> list[torch.Tensor]:
@@ -180,8 +201,8 @@ class _Differentiable(ReferenceModel):
 
     def squares(
         self, rows: Sequence[torch.Tensor], generator: torch.Generator, step: Callable[[], None]
-    ) -> Squares:
-        """Return |g|^2 of a chunk's tokens at the output of every linear."""
+    ) -> tuple[Squares, list[torch.Tensor]]:
+        """Return |g|^2 of a chunk's tokens at every linear's output, and g at the embedding's, by row."""
         n_layers, found = self.config.n_layers, Squares()
         states = [list(self.embed(rows))]
         with torch.no_grad():
@@ -198,7 +219,7 @@ class _Differentiable(ReferenceModel):
             for name in INPUTS:
                 found[layer, name] = torch.cat([sink.squares[name] for sink in sinks]).cpu()
             step()
-        return found
+        return found, gradients
 
     def _last_gradients(
         self, states: Sequence[torch.Tensor], generator: torch.Generator

@@ -7,6 +7,7 @@ is used.
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -49,8 +50,16 @@ class Archive:
         """Whether tokens count by their gradients, and not alike."""
         return self.manifest.request.options.get("tokens") == SENSITIVE
 
+    @cached_property
+    def knows_embedding(self) -> bool:
+        """Whether there are statistics for an embedding that is not the output matrix too."""
+        if self.config.tied_head:
+            return False
+        self._check(HEAD)
+        return f"{members.EMBEDDING}.diagonal" in members.member_names(self.folder / HEAD)
+
     def linears(self) -> list[str]:
-        """Return the checkpoint's names of all matrices that the archive has statistics for."""
+        """Return the checkpoint's names of all matrices whose inputs the archive has statistics of."""
         config = self.config
         names = [block_tensor(layer, name) for layer in range(config.n_layers) for name in INPUTS]
         return [*names, llama.EMBEDDING if config.tied_head else llama.HEAD]
@@ -58,8 +67,9 @@ class Archive:
     def statistics(self, name: str) -> Statistics:
         """Return the statistics of the input of a matrix, by its tensor's name in the checkpoint.
 
-        The embedding stands for a tied head. Raises ArchiveError for a matrix that has none (the embedding
-        as such: a look-up has no input) and for a damaged file.
+        The embedding stands for a tied head. Otherwise it has no input, and its statistics are those of the
+        gradient at its output (quantize/sensitivity.py). Raises ArchiveError for a matrix that has none and
+        for a damaged file.
         """
         return unpack(self.packed(name))
 
@@ -137,6 +147,8 @@ class Archive:
             return block_member(int(block[1])), INPUTS[block[2]]
         if name == llama.HEAD or (config.tied_head and name == llama.EMBEDDING):
             return HEAD, HEAD_INPUT
+        if name == llama.EMBEDDING and self.knows_embedding:
+            return HEAD, members.EMBEDDING
         known = f"{', '.join(INPUTS)} of layers 0 to {config.n_layers - 1}, and {llama.HEAD}"
         raise ArchiveError(f"{self.folder}: no statistics for {name}", hint=f"there are those for {known}")
 

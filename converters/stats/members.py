@@ -7,10 +7,12 @@ block-00000.safetensors ...   for each input of the block's linears (attention_i
                                   <input>.correlations   I16 (K*(K-1)/2,)     see quantize/statistics.py
 head.safetensors              the same of head_input, and token_counts I64 (vocab_size,); and, with Hessians,
                               gradients F32 (n_layers, 7): the mean |g|^2 of q, k, v, o, gate, up, down (of
-                              archives from before this was the rule, only where tokens count by gradients)
+                              archives from before this was the rule, only where tokens count by gradients);
+                              and embedding_gradient.*, the statistics of g at the embedding's output
 rows.safetensors              ids I32 (n_tokens,), lengths I32 (n_rows,), kinds U8 (n_rows,)
 weights.safetensors           only until the run is done, where tokens count by their gradients:
-                              <layer>.<input> F32 (n_tokens,) for each block and input
+                              <layer>.<input> F32 (n_tokens,) for each block and input; gradients and
+                              embedding_gradient.*, as in the head
 """
 
 import hashlib
@@ -29,10 +31,10 @@ from converters.stats.manifest import Member
 from quantize.errors import ArchiveError
 from quantize.llama import LlamaConfig
 from quantize.reference import INPUTS
-from quantize.statistics import PackedStatistics
+from quantize.statistics import PackedStatistics, Statistics, unpack
 
 HEAD, ROWS, WEIGHTS = "head.safetensors", "rows.safetensors", "weights.safetensors"
-GRADIENTS = "gradients"
+GRADIENTS, EMBEDDING = "gradients", "embedding_gradient"
 _HEADER_BYTES = 4096  # more than the header of any member
 _CHUNK = 1 << 22
 
@@ -151,6 +153,13 @@ def read_member(path: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
             return {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise ArchiveError(f"{path}: cannot be read: {error}") from None
+
+
+def read_statistics(path: Path, name: str) -> Statistics:
+    """Return the statistics that `statistic_tensors` stored under a name; raises ArchiveError."""
+    tensors = read_member(path, statistic_names(name, diagonal_only=False))
+    packed = (tensors[f"{name}.{part}"] for part in ("diagonal", "correlations"))
+    return unpack(PackedStatistics(int(tensors[f"{name}.n_tokens"]), *packed))
 
 
 def file_hash(path: Path) -> str:

@@ -24,6 +24,7 @@ from converters.disk import explained
 from converters.stats.archive import Archive, open_archive
 from converters.stats.manifest import Manifest, Member, write_manifest
 from converters.stats.members import (
+    EMBEDDING,
     GRADIENTS,
     HEAD,
     ROWS,
@@ -34,6 +35,7 @@ from converters.stats.members import (
     gradients_of,
     join_rows,
     read_member,
+    read_statistics,
     row_tensors,
     statistic_tensors,
     write_member,
@@ -55,7 +57,7 @@ from quantize.errors import DscqError, UsageError
 from quantize.llama import block_tensor
 from quantize.ranks import Ranks, joined_ranks, rank_device
 from quantize.reference import HEAD_INPUT, INPUTS, OnBlock, ReferenceModel, usable_device
-from quantize.sensitivity import TokenWeights, chunk_tokens_for, mean_gradients, token_weights
+from quantize.sensitivity import Gradients, TokenWeights, chunk_tokens_for, mean_gradients, token_weights
 from quantize.statistics import PackedStatistics, SecondMoment, merge, pack
 
 Result = TypeVar("Result")
@@ -108,11 +110,12 @@ def _weights(
     if task.begun and path.is_file():  # else it may be of another request
         tensors = read_member(path, [GRADIENTS, *(f"{layer}.{name}" for layer, name in places)])
         weights = {(layer, name): tensors[f"{layer}.{name}"] for layer, name in places}
-        return TokenWeights(weights, gradients_of(tensors[GRADIENTS]))
+        return TokenWeights(weights, gradients_of(tensors[GRADIENTS]), read_statistics(path, EMBEDDING))
     room = chunk_tokens_for(config.n_layers, config.hidden_size, free_bytes(options.device))
     made = token_weights(model, task.rows.split(), room, on_block=on_weights or (lambda done, total: None))
     named = {f"{layer}.{name}": each.contiguous() for (layer, name), each in made.weights.items()}
-    write_member(options.folder, WEIGHTS, named | {GRADIENTS: gradient_tensor(made.gradients)})
+    known = {GRADIENTS: gradient_tensor(made.gradients)} | statistic_tensors(EMBEDDING, pack(made.embedding))
+    write_member(options.folder, WEIGHTS, named | known)
     return made
 
 
@@ -226,14 +229,18 @@ class _Run:
         weights, base = self.calibration.weights, self.task.base
         if self.progress.request.options["diagonal_only"]:
             return {}
-        rows = self.task.rows.split()
-        found = mean_gradients(self.model, rows, on_block=on_block) if weights is None else weights.gradients
-        own = gradient_tensor(found)
+        if weights is None:
+            found = mean_gradients(self.model, self.task.rows.split(), on_block=on_block)
+        else:
+            found = Gradients(weights.gradients, weights.embedding)
+        own, embedding = gradient_tensor(found.means), found.embedding
         if base is not None and (earlier := base.gradients()) is not None:
             n_own, n_base = len(self.task.rows.ids), base.manifest.n_tokens
-            places = {place: earlier[block_tensor(*place)] for place in found}
+            places = {place: earlier[block_tensor(*place)] for place in found.means}
             own = torch.lerp(own, gradient_tensor(places), n_base / (n_own + n_base))
-        return {GRADIENTS: own}
+            if base.knows_embedding:
+                embedding = merge(base.statistics(llama.EMBEDDING), embedding)
+        return {GRADIENTS: own} | statistic_tensors(EMBEDDING, pack(embedding))
 
 
 @contextmanager

@@ -64,11 +64,13 @@ class GgufTypes:
         return [*self._useless_overrides(), *self._unfit_options(), *self._missing_importances()]
 
     def compensated(self) -> frozenset[str]:
-        """Return the checkpoint's names of the tensors that are rounded with their inputs' Hessians."""
+        """Return the checkpoint's names of the tensors that are rounded with Hessians: those of their inputs,
+        for the embedding that of its gradients."""
         archive = self.options.archive
         if archive is None or not self.options.compensate:
             return frozenset()
         kinds, measured = compensated_types(), archive.linears()
+        measured += [EMBEDDING] if archive.knows_embedding else []
         return frozenset(name for name in measured if self.choices[name].quant in kinds)
 
     def notes(self) -> list[str]:

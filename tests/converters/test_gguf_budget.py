@@ -32,8 +32,9 @@ from converters.targets.gguf import gguf_types
 from converters.targets.gguf_budget import predicted_loss
 from converters.type_losses import kept_losses, measured_losses
 from quantize import type_errors
+from quantize.codecs import codec
 from quantize.errors import DscqError, PlanError, UsageError
-from quantize.llama import EMBEDDING, LlamaConfig
+from quantize.llama import EMBEDDING, HEAD, LlamaConfig
 from tests.converters.test_gptq_target import Row
 
 LARGE = LlamaConfig(4096, 11008, 32, 32, 32, 128, 32256, 16384, 1e-6, 1e5)
@@ -144,6 +145,14 @@ def test_a_fit_leaves_room_for_the_cache(checkpoint: Checkpoint, options: Conver
     assert [file.name for file in plan.files] == [f"demo-coder-fit-{beside + 2_500_000}.gguf"]
 
 
+def is_best_head(plan: Plan, options: ConvertOptions, budget: int) -> bool:
+    """Say whether no type in which the output matrix alone fits is better than its own."""
+    assert options.losses is not None
+    (n_rows, n_columns), losses = plan.by_name[HEAD].shape, options.losses[HEAD]
+    fitting = [loss for name, loss in losses.items() if n_rows * codec(name).row_bytes(n_columns) <= budget]
+    return losses[plan.by_name[HEAD].quant] == min(fitting)
+
+
 @pytest.mark.parametrize(
     ("layers", "blocks"), [(1, ()), (3, (3, 4)), (6, (0, 1, 2, 3, 4)), (99, (0, 1, 2, 3, 4))]
 )
@@ -164,7 +173,8 @@ def test_with_layers_in_main_memory_those_on_the_card_fill_it(
     budget = (there(smaller) + there(larger)) // 2
     fit = beside_weights(config, runtime) + budget
     plan = planned(checkpoint, options, f"fit={fit}", runtime=runtime)
-    assert 0.9 * budget < there(plan) <= budget
+    assert there(plan) <= budget
+    assert there(plan) > 0.9 * budget or (not blocks and is_best_head(plan, options, budget))
     assert smaller.n_bytes < plan.n_bytes < larger.n_bytes
     assert any("on the card: the output matrix and" in note for note in plan.notes)
 

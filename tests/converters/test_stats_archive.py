@@ -122,7 +122,6 @@ def test_the_embedding_stands_for_a_tied_head(make_checkpoint: MakeCheckpoint, t
 
 def test_a_tensor_without_statistics_is_named(archive: Archive) -> None:
     for name in (
-        llama.EMBEDDING,
         "model.layers.2.mlp.up_proj.weight",
         "model.layers.0.input_layernorm.weight",
     ):
@@ -298,21 +297,31 @@ def test_gradients_are_averaged_over_later_tokens(source: Path, tmp_path: Path) 
         ReferenceModel(checkpoint.config, checkpoint.weights), [row.ids for row in ROWS]
     )
     found = archive.gradients()
-    assert found == {block_tensor(*place): pytest.approx(value) for place, value in expected.items()}
+    assert found is not None
+    assert found == pytest.approx({block_tensor(*place): value for place, value in expected.means.items()})
+    G, embedding = archive.statistics(llama.EMBEDDING), expected.embedding
+    assert G.n_tokens == embedding.n_tokens and G.hessian is not None and embedding.hessian is not None
+    assert torch.allclose(G.hessian, embedding.hessian, atol=1e-4 * float(embedding.hessian.max()))
     assert seen[-1] == (2 * checkpoint.config.n_layers, 2 * checkpoint.config.n_layers)
     more = calibrate(source, tmp_path / "more", rows=rows_of(9, seed=1), add=archive.folder)
     other = calibrate(source, tmp_path / "other", rows=rows_of(9, seed=1))
     sums, name = more.gradients(), "model.layers.0.mlp.up_proj.weight"
     own = other.gradients()
-    assert found is not None and own is not None and sums is not None
+    assert own is not None and sums is not None
     n_tokens = archive.manifest.n_tokens, other.manifest.n_tokens
     mean = (found[name] * n_tokens[0] + own[name] * n_tokens[1]) / sum(n_tokens)
     assert sums[name] == pytest.approx(mean, rel=1e-5)
+    joined = merge(G, other.statistics(llama.EMBEDDING)).hessian
+    both = more.statistics(llama.EMBEDDING).hessian
+    assert both is not None and joined is not None
+    assert torch.allclose(both, joined, atol=1e-4 * float(joined.max()))
 
 
 def test_archives_from_before_gradients_were_the_rule_have_none(source: Path, tmp_path: Path) -> None:
     diagonals = calibrate(source, tmp_path / "diagonals", diagonal_only=True)
-    assert diagonals.gradients() is None
+    assert diagonals.gradients() is None and not diagonals.knows_embedding
+    with pytest.raises(ArchiveError, match=r"no statistics for model\.embed_tokens\.weight"):
+        diagonals.statistics(llama.EMBEDDING)
 
 
 def test_tokens_count_by_their_gradients_where_that_is_asked_for(source: Path, tmp_path: Path) -> None:

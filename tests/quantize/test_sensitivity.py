@@ -72,7 +72,7 @@ def test_weights_are_squared_gradients_shared_by_the_linears_of_an_input(chunk: 
 
 def test_mean_gradients_leave_first_tokens_out() -> None:
     model = ReferenceModel(CONFIG, weights())
-    found, squares = mean_gradients(model, ROWS), plain_squares(model, ROWS)
+    found, squares = mean_gradients(model, ROWS).means, plain_squares(model, ROWS)
     later = torch.cat([torch.arange(len(row)) > 0 for row in ROWS])
     assert found.keys() == squares.keys()
     for place, each in squares.items():
@@ -80,7 +80,30 @@ def test_mean_gradients_leave_first_tokens_out() -> None:
         assert found[place] != pytest.approx(float(each.mean()), rel=1e-2)
     alone = [row[:1] for row in ROWS]  # nothing but first tokens
     expected = {place: float(each.mean()) for place, each in plain_squares(model, alone).items()}
-    assert mean_gradients(model, alone) == pytest.approx(expected, rel=2e-3)
+    assert mean_gradients(model, alone).means == pytest.approx(expected, rel=2e-3)
+
+
+def test_gradients_at_the_embedding_are_those_of_plain_differentiation() -> None:
+    """And they tell what an error in the rows of tokens costs."""
+    model, generator = ReferenceModel(CONFIG, weights()), torch.Generator().manual_seed(3)
+    rows = [torch.randint(0, CONFIG.vocab_size, (48,), generator=generator) for _ in range(40)]
+    found = mean_gradients(model, rows).embedding
+    assert found.n_tokens == 40 * 47 and found.hessian is not None
+    weighed = token_weights(model, rows, 200).embedding
+    assert weighed.hessian is not None
+    assert torch.allclose(found.hessian, weighed.hessian, atol=1e-4 * float(found.hessian.max()))
+    tensors = {name: weights().load(name) for name in weights().specs()}
+    before = log_probabilities(model, rows)
+    ratios = []
+    for _ in range(4):
+        error = torch.randn(tensors[EMBEDDING].shape, generator=generator) * 0.005
+        error[torch.stack(rows)[:, 0]] = 0  # first tokens are left out
+        other = ReferenceModel(CONFIG, TensorWeights(tensors | {EMBEDDING: tensors[EMBEDDING] + error}))
+        after = log_probabilities(other, rows)
+        kl = float((before.exp() * (before - after)).sum(-1).mean())
+        moved = error[torch.cat(rows)]
+        ratios.append(float(((moved @ found.hessian) * moved).sum(1).mean()) / 2 / kl)
+    assert all(0.4 < ratio < 1.6 for ratio in ratios)
 
 
 def test_a_sample_is_the_beginnings_of_evenly_spread_rows() -> None:

@@ -5,9 +5,12 @@ from collections.abc import Mapping
 import torch
 
 from converters.checkpoint import open_checkpoint
+from quantize.first_tokens import first_share, first_tokens
 from quantize.llama import block_tensor
 from quantize.reference import HEAD_INPUT, INPUTS, ReferenceModel
+from quantize.sensitivity import TokenWeights
 from quantize.shifted import ShiftedStatistics, stream_shifted
+from quantize.statistics import Statistics
 from quantize.weights import TensorWeights, Weights
 from tests.conftest import MakeCheckpoint
 
@@ -70,6 +73,66 @@ def test_statistics_of_both_streams(make_checkpoint: MakeCheckpoint) -> None:
     assert torch.allclose(found[0, "mlp_inner"].hessian, found[0, "mlp_inner"].cross, atol=1e-6)
     last = found[2, "mlp_inner"]
     assert (last.hessian - last.cross).norm() > 0.01 * last.hessian.norm()
+
+
+def test_tokens_count_by_their_weights(make_checkpoint: MakeCheckpoint) -> None:
+    """Of both streams' tokens, in packs of several rows; the output matrix's input is not weighed."""
+    checkpoint = open_checkpoint(make_checkpoint())
+    model = ReferenceModel(checkpoint.config, checkpoint.weights)
+    other = ReferenceModel(checkpoint.config, quantized(checkpoint.weights, checkpoint.config.n_layers))
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, 900, (n,), generator=generator) for n in (30, 5, 12)]
+    places = [(layer, name) for layer in range(checkpoint.config.n_layers) for name in set(INPUTS.values())]
+    weights = {place: torch.rand(47, generator=generator) for place in places}
+    found: dict[tuple[int, str], ShiftedStatistics] = {}
+
+    def quantize_block(layer: int, statistics: Mapping[str, ShiftedStatistics]) -> Mapping[str, torch.Tensor]:
+        found.update({(layer, name): of_input for name, of_input in statistics.items()})
+        block = model.read_block(layer)
+        return {name: rounded(block[name]) for name in INPUTS}
+
+    stream_shifted(
+        model,
+        rows,
+        quantize_block,
+        micro_batch=20,
+        weights=TokenWeights(weights, {}, Statistics(0, torch.empty(0), None)),
+    )
+    original, shifted = inputs_of(model, rows, model), inputs_of(other, rows, model)
+    for place in places:
+        x, x_hat = original[place].double(), shifted[place].double()
+        weighted = x_hat * weights[place].double()[:, None]
+        for mean, wanted in (
+            (found[place].hessian, weighted.T @ x_hat),
+            (found[place].cross, weighted.T @ x),
+        ):
+            assert (mean.double() - wanted / 47).norm() < 1e-4 * (wanted / 47).norm()
+        assert abs(found[place].plain / float(x_hat.square().sum() / 47) - 1) < 1e-5
+
+
+def test_the_share_of_first_tokens_is_that_of_a_calibration(make_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = open_checkpoint(make_checkpoint())
+    model = ReferenceModel(checkpoint.config, checkpoint.weights)
+    rows = [torch.tensor([5, 1, 2, 3, 9, 8, 7, 11, 30]), torch.arange(20), torch.tensor([5] * 9)]
+    alike: dict[tuple[int, str], ShiftedStatistics] = {}
+    shared: dict[tuple[int, str], ShiftedStatistics] = {}
+    for found, weights in ((alike, None), (shared, first_share([9, 20, 9]))):
+
+        def note(
+            layer: int, statistics: Mapping[str, ShiftedStatistics], found: object = found
+        ) -> dict[str, torch.Tensor]:
+            assert isinstance(found, dict)
+            found.update({(layer, name): of_input for name, of_input in statistics.items()})
+            return {}
+
+        stream_shifted(model, rows, note, weights=weights)
+    first = first_tokens(checkpoint.config, checkpoint.weights, [5, 0, 5])
+    for place, statistics in alike.items():
+        H, scale = first.strengthen(statistics.hessian, *place, 38)
+        assert torch.allclose(shared[place].hessian, H, rtol=1e-3, atol=1e-4 * float(H.max()))
+        own = shared[place].plain / float(shared[place].hessian.diagonal().sum())
+        assert abs(own / scale - 1) < 1e-3
+    assert bool((first_share([3, 2]).weights == 1).all())  # they have more than their share already
 
 
 def test_weights_that_stay_shift_nothing(make_checkpoint: MakeCheckpoint) -> None:
