@@ -206,7 +206,7 @@ def gather(
             corpus.identity,
             options,
             lambda done, total: report("calibrate", done, total),
-            lambda done, total: report("sensitivity", done, total),
+            lambda done, total: report("gradients", done, total),
         )
     n_bytes = sum(member.n_bytes for member in archive.manifest.members.values())
     if rank() == 0:

@@ -203,6 +203,45 @@ def verify(quiet: bool, as_json: bool, **chosen: Any) -> None:
 
 
 @dscq.command()
+@click.argument("file", type=EXISTING_FILE)
+@click.option(
+    "--reference",
+    required=True,
+    type=click.Path(),
+    metavar="SOURCE",
+    help="The checkpoint that FILE was made from.",
+)
+@click.option(
+    "--stats",
+    type=EXISTING_FOLDER,
+    required=True,
+    help="The statistics archive of SOURCE, whose rows are trained on: dscq calibrate.",
+)
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file to write.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Steps of gradient descent, of about 2048 tokens each.",
+)
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
+@click.option("--no-proof", is_flag=True, help="Write only; prove nothing.")
+@SOURCE_OPTIONS
+@PROOF_OPTIONS
+@OUTPUT_OPTIONS
+def tune(quiet: bool, as_json: bool, **chosen: Any) -> None:
+    """Train the scales of FILE, a quantized GGUF, against its checkpoint: same size, lower KL.
+
+    \b
+    Examples:
+      dscq tune out/model-Q2_K.gguf --reference ./model --stats stats/ -o out/model-Q2_K-tuned.gguf
+      dscq tune from-elsewhere.gguf --reference ./model --stats stats/ -o better.gguf --steps 128
+    """
+    commands.tune(Terminal(quiet, as_json), commands.TuneChoices(**chosen))
+
+
+@dscq.command()
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option(

@@ -40,7 +40,8 @@ def _bytes(numbers: torch.Tensor) -> torch.Tensor:
 
 def _words(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the little-endian integers of bytes as non-negative int64 (B, n)."""
-    numbers = data.contiguous().view(dtype).long()
+    # One block's bytes are contiguous as they are, and may begin where no integer can.
+    numbers = data.clone(memory_format=torch.contiguous_format).view(dtype).long()
     return numbers & ((1 << (8 * dtype.itemsize)) - 1)
 
 
