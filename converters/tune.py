@@ -25,8 +25,9 @@ from quantize.codecs.fields import FieldCodec
 from quantize.errors import OutputError, UsageError
 from quantize.llama import block_tensor
 from quantize.reference import INPUTS, ReferenceModel, usable_device
+from quantize.scaled import ScaledMatrix
 from quantize.sensitivity import sample_rows
-from quantize.tuning import OnStep, ScaledMatrix, Settings, Tuned, tune
+from quantize.tuning import OnStep, Settings, Tuned, tune
 
 TOKENS = 1 << 16
 """Tokens that are trained on, at the most: the beginnings of evenly spread rows."""

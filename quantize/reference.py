@@ -39,6 +39,9 @@ OnBlock = Callable[[int, int], None]
 Observe = Callable[[str, torch.Tensor, int], None]
 """Called with (name of an input, f32 (n, K), the place of its first token in the pack)."""
 
+Times = Callable[[torch.Tensor, str], torch.Tensor]
+"""A linear, by its name within the block: f32 (n, K) to f32 (n, N)."""
+
 ATTENTION_INPUT, ATTENTION_MIXED = "attention_input", "attention_mixed"
 MLP_INPUT, MLP_INNER, HEAD_INPUT = "mlp_input", "mlp_inner", "head_input"
 INPUTS = {
@@ -111,6 +114,23 @@ class ReferenceModel:
         starts = range(0, len(state), MLP_TOKENS)
         parts = zip(starts, torch.split(state, MLP_TOKENS), strict=True)
         return torch.cat([self._mlp_residual(block, part, start, seen) for start, part in parts])
+
+    def differentiable_block(
+        self, block: Block, state: torch.Tensor, lengths: Sequence[int], times: Times
+    ) -> torch.Tensor:
+        """Push a pack through a block as `forward_block` does, by operations that torch differentiates.
+
+        `times(x, name)` is what stands for the linears: x W^T, W the block's of that name.
+        """
+        normed = self._norm(state, block["input_layernorm"])
+        tables = rotary_tables(self.config, max(lengths), self.device)
+        heads = (torch.split(times(normed, f"self_attn.{name}_proj"), list(lengths)) for name in "qkv")
+        by_row = zip(*heads, strict=True)
+        mixed = torch.cat([self._mix(query, key, value, tables) for query, key, value in by_row])
+        state = state + times(mixed, "self_attn.o_proj")
+        normed = self._norm(state, block["post_attention_layernorm"])
+        inner = functional.silu(times(normed, "mlp.gate_proj")) * times(normed, "mlp.up_proj")
+        return state + times(inner, "mlp.down_proj")
 
     def final_norm(self, state: torch.Tensor) -> torch.Tensor:
         """Return the output matrix's input, f32 (n, hidden_size), for states behind the last block."""

@@ -29,12 +29,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from quantize.llama import EMBEDDING, FINAL_NORM, HEAD
 from quantize.metrics import chunks
 from quantize.products import linear
-from quantize.reference import INPUTS, Block, OnBlock, ReferenceModel, full_f32, rotary_tables
+from quantize.reference import INPUTS, Block, OnBlock, ReferenceModel, full_f32
 from quantize.statistics import SecondMoment, Statistics
 
 POSITIONS = 256
@@ -245,20 +244,12 @@ class _Differentiable(ReferenceModel):
     ) -> torch.Tensor:
         """Pull a row's gradient back through a block."""
         state = state.detach().requires_grad_()
-        with torch.enable_grad():
-            after = self._through(block, state, sink)
-        (before,) = torch.autograd.grad(after, state, gradient)
-        return before
 
-    def _through(self, block: Block, state: torch.Tensor, sink: _Sink) -> torch.Tensor:
         def times(x: torch.Tensor, name: str) -> torch.Tensor:
             found: torch.Tensor = _Linear.apply(x, block[name], sink, name)  # type: ignore[no-untyped-call]
             return found
 
-        normed = self._norm(state, block["input_layernorm"])
-        query, key, value = (times(normed, f"self_attn.{name}_proj") for name in "qkv")
-        tables = rotary_tables(self.config, len(state), self.device)
-        state = state + times(self._mix(query, key, value, tables), "self_attn.o_proj")
-        normed = self._norm(state, block["post_attention_layernorm"])
-        inner = functional.silu(times(normed, "mlp.gate_proj")) * times(normed, "mlp.up_proj")
-        return state + times(inner, "mlp.down_proj")
+        with torch.enable_grad():
+            after = self.differentiable_block(block, state, [len(state)], times)
+        (before,) = torch.autograd.grad(after, state, gradient)
+        return before

@@ -18,18 +18,16 @@ decoded once more, its outputs are made again and differentiated.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from quantize.codecs.bits import half_bytes
-from quantize.codecs.fields import FieldCodec, Fields
 from quantize.llama import EMBEDDING, FINAL_NORM, HEAD, block_tensor
 from quantize.metrics import chunks
 from quantize.products import linear
-from quantize.reference import INPUTS, Block, ReferenceModel, full_f32, rotary_tables
+from quantize.reference import INPUTS, Block, ReferenceModel, full_f32
+from quantize.scaled import Ratios, ScaledMatrix
 
 POSITIONS = 512
 """Tokens whose logits are in memory at a time."""
@@ -51,63 +49,6 @@ class Settings:
     tokens: int = 2048
     rate: float = 0.01
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class ScaledMatrix:
-    """A matrix as it is stored: `blocks` uint8 (N, row_bytes) of a type with a `d`."""
-
-    kind: FieldCodec
-    blocks: torch.Tensor
-    n_columns: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows, and blocks of each."""
-        return len(self.blocks), self.n_columns // self.kind.block_size
-
-    @property
-    def based(self) -> bool:
-        """Whether the type has a dmin."""
-        return bool(self.kind.unpack(self.blocks[:1].reshape(-1, self.kind.block_bytes)).dmin.numel())
-
-    def parts(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return what d and what dmin stand for, f32 (N, blocks, block_size) each; the second may be none."""
-        fields = self.kind.unpack(self.blocks.reshape(-1, self.kind.block_bytes))
-        shape, whole = (*self.shape, self.kind.block_size), self.kind.value(fields)
-        if not fields.dmin.numel():
-            return whole.reshape(shape), None
-        scaled = self.kind.value(replace(fields, dmin=torch.zeros_like(fields.dmin)))
-        return scaled.reshape(shape), (whole - scaled).reshape(shape)
-
-    def moved(self, ratios: "Ratios") -> torch.Tensor:
-        """Return the blocks, uint8 (N, row_bytes), with d and dmin multiplied by their ratios."""
-        blocks = self.blocks.reshape(-1, self.kind.block_bytes).clone()
-        fields = self.kind.unpack(blocks)
-        blocks[:, _place(self.kind, fields, "d")] = half_bytes(fields.d * ratios.d.flatten())
-        if ratios.dmin is not None:
-            blocks[:, _place(self.kind, fields, "dmin")] = half_bytes(fields.dmin * ratios.dmin.flatten())
-        return blocks.reshape(self.blocks.shape)
-
-
-def _place(kind: FieldCodec, fields: Fields, name: str) -> torch.Tensor:
-    """Return where d or dmin lies in a block, int64 (2,): the bytes that differ where nothing else does."""
-    first = {key: value[:1] for key, value in vars(fields).items()}
-    # Two halves, 0x3c00 and 0xc3ff, that have neither byte in common.
-    one, other = (kind.pack(Fields(**first | {name: torch.tensor([x])})) for x in (1.0, -3.998046875))
-    return (one[0] != other[0]).nonzero()[:, 0]
-
-
-@dataclass(frozen=True)
-class Ratios:
-    """What a matrix's d and dmin are multiplied with, f32 (N, blocks) each."""
-
-    d: torch.Tensor
-    dmin: torch.Tensor | None
-
-    def all(self) -> list[torch.Tensor]:
-        """Return those that there are."""
-        return [self.d] if self.dmin is None else [self.d, self.dmin]
 
 
 @dataclass(frozen=True)
@@ -297,8 +238,6 @@ class _Training:
         state: torch.Tensor,
         lengths: Sequence[int],
     ) -> torch.Tensor:
-        model = self.model
-
         def times(x: torch.Tensor, name: str) -> torch.Tensor:
             full = block_tensor(layer, name)
             found: torch.Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
@@ -306,15 +245,7 @@ class _Training:
             )
             return found
 
-        normed = model._norm(state, block["input_layernorm"])
-        tables = rotary_tables(model.config, max(lengths), model.device)
-        heads = (torch.split(times(normed, f"self_attn.{name}_proj"), list(lengths)) for name in "qkv")
-        by_row = zip(*heads, strict=True)
-        mixed = torch.cat([model._mix(query, key, value, tables) for query, key, value in by_row])
-        state = state + times(mixed, "self_attn.o_proj")
-        normed = model._norm(state, block["post_attention_layernorm"])
-        inner = functional.silu(times(normed, "mlp.gate_proj")) * times(normed, "mlp.up_proj")
-        return state + times(inner, "mlp.down_proj")
+        return self.model.differentiable_block(block, state, lengths, times)
 
     def _note_ratios(self, name: str, at_weight: torch.Tensor, parts: Parts) -> None:
         if name in parts:

@@ -20,8 +20,10 @@ from converters.stats.archive import Archive
 from converters.stats.prepare import CalibrateOptions
 from converters.stats.run import calibrate_checkpoint
 from converters.targets import parse_request
+from converters.tune import tune_file
 from converters.type_losses import kept_losses, measured_losses
 from quantize.solver.linears import Effort
+from quantize.tuning import Settings
 
 CHUNK = 512
 PINNED = "F16"
@@ -41,7 +43,7 @@ class Chain:
 
     `weighted` rounds ours to nearest with importances, and gathers diagonals alone; otherwise errors are
     compensated with `effort`, under Hessians in which tokens count by their gradients if `sensitivity`.
-    `pinned` has embedding and output matrix in F16, on both sides.
+    `pinned` has embedding and output matrix in F16, on both sides. With `tune` ours is trained so many steps.
     """
 
     checkpoint: Checkpoint
@@ -53,6 +55,7 @@ class Chain:
     effort: Effort = "default"
     pinned: bool = False
     sensitivity: bool = False
+    tune: int = 0
 
     def their_imatrix(self) -> Path:
         """Return llama-imatrix's file for the text."""
@@ -95,7 +98,13 @@ class Chain:
         """Return our file of a recipe, or of a budget: size=101635008."""
         role = "ours" if self.weighted else f"compensated-{self.effort}{'-sensitivity' * self.sensitivity}"
         path = self._place(role, recipe)
-        return path if path.exists() else self.made(recipe, self.options(recipe), role)
+        made = path if path.exists() else self.made(recipe, self.options(recipe), role)
+        return self._tuned(made, self._place(f"{role}-tuned-{self.tune}", recipe)) if self.tune else made
+
+    def _tuned(self, path: Path, output: Path) -> Path:
+        if not output.exists():
+            tune_file(path, self.checkpoint, self.archive(), output, Settings(n_steps=self.tune))
+        return output
 
     def options(self, recipe: str) -> ConvertOptions:
         """Return how ours is converted."""

@@ -10,7 +10,8 @@ from quantize.codecs import CODECS
 from quantize.codecs.fields import FieldCodec
 from quantize.llama import LlamaConfig, block_tensor
 from quantize.reference import INPUTS, ReferenceModel
-from quantize.tuning import Ratios, ScaledMatrix, Settings, _batches, _Training, tune
+from quantize.scaled import Ratios, ScaledMatrix
+from quantize.tuning import Settings, _batches, _Training, tune
 from quantize.weights import TensorWeights
 
 CONFIG = LlamaConfig(
