@@ -9,6 +9,7 @@ from quantize.reference import INPUTS, ReferenceModel, rotary_tables
 from quantize.sensitivity import (
     TokenWeights,
     chunk_tokens_for,
+    draw,
     fisher_kl,
     mean_gradients,
     sample_rows,
@@ -44,7 +45,7 @@ def plain_squares(model: ReferenceModel, rows: list[torch.Tensor]) -> dict[tuple
             inner = functional.silu(times(x, layer, "mlp.gate_proj")) * times(x, layer, "mlp.up_proj")
             state = state + times(inner, layer, "mlp.down_proj")
         logits = functional.linear(model._norm(state, load(FINAL_NORM)), load(HEAD).float())
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        labels = draw(logits.detach().softmax(-1), generator)[:, 0]
         functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
         for place, y in outputs.items():
             assert y.grad is not None
@@ -113,6 +114,15 @@ def test_a_sample_is_the_beginnings_of_evenly_spread_rows() -> None:
     assert [len(row) for row in sample_rows(rows, 1 << 20)] == [512] * 8
     short = [torch.full((10,), i) for i in range(100)]
     assert sum(len(row) for row in sample_rows(short, 205)) == 210
+
+
+def test_labels_are_drawn_by_their_probabilities() -> None:
+    p = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0])
+    labels = draw(p.expand(20000, -1), torch.Generator().manual_seed(0))
+    assert labels.shape == (20000, 1)
+    shares = torch.bincount(labels[:, 0], minlength=6) / 20000
+    assert torch.allclose(shares, p, atol=0.015)
+    assert bool((shares[p == 0] == 0).all())
 
 
 def test_progress_counts_both_ways_of_every_chunk() -> None:
