@@ -127,7 +127,7 @@ def check_report_place(file: Path, report: Path | None) -> Path:
     if (
         place.suffix.lower() in (".gguf", ".safetensors")
         or in_folder
-        or (place.exists() and place.samefile(file))
+        or (place.exists() and file.exists() and place.samefile(file))
     ):
         raise UsageError(f"--report {place}: a report must not take a model's name")
     if not place.parent.is_dir() or not os.access(place.parent, os.W_OK):

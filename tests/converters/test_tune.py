@@ -93,6 +93,7 @@ def blocks(made: Made, output: Path, name: str) -> tuple[torch.Tensor, torch.Ten
 
 
 def test_what_is_written_is_proven(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "tuned.verify.report.json").write_text("of an earlier file")
     result = tuned(made, tmp_path / "tuned.gguf", "--steps", "2", "--probe-tokens", "256")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "tuned.verify.report.json").read_text("utf-8"))
