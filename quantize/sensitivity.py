@@ -25,7 +25,7 @@ token stands, with G = E[g g^T], g the gradient at the embedding's output: what 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from quantize.products import linear
 from quantize.reference import INPUTS, Block, OnBlock, ReferenceModel, full_f32
 from quantize.statistics import SecondMoment, Statistics
 
-POSITIONS = 256
+POSITIONS = 128
 """Tokens whose logits are in memory at a time."""
 SAMPLE, LONGEST = 4096, 512
 """Tokens over which gradients are averaged, and how many of them a row has at the most."""
@@ -177,29 +177,22 @@ def _shared(found: Squares) -> dict[tuple[int, str], torch.Tensor]:
     return shared
 
 
-@dataclass
-class _Sink:
-    """Where a block's backward pass leaves |g|^2 of every token, by linear."""
-
-    squares: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
 class _Linear(torch.autograd.Function):
     """x W^T, with W fixed; backwards it notes |g|^2."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, sink: _Sink, name: str) -> torch.Tensor:
-        """Multiply."""
-        ctx.weight, ctx.sink, ctx.name = weight, sink, name
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+        """Multiply; `squares`, f32 (n,), is where |g|^2 goes."""
+        ctx.weight, ctx.squares = weight, squares
         return linear(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Return the gradient of x."""
         (gradient,) = gradients
         gradient = gradient.contiguous()
-        ctx.sink.squares[ctx.name] = gradient.square().sum(-1)
-        return linear(gradient, ctx.weight.T.contiguous()), None, None, None
+        ctx.squares.copy_(gradient.square().sum(-1))
+        return linear(gradient, ctx.weight.T.contiguous()), None, None
 
 
 class _Differentiable(ReferenceModel):
@@ -209,7 +202,10 @@ class _Differentiable(ReferenceModel):
         self, rows: Sequence[torch.Tensor], generator: torch.Generator, step: Callable[[], None]
     ) -> tuple[Squares, list[torch.Tensor]]:
         """Return |g|^2 of a chunk's tokens at every linear's output, and g at the embedding's, by row."""
-        n_layers, found = self.config.n_layers, Squares()
+        n_layers, lengths = self.config.n_layers, [len(row) for row in rows]
+        # One tensor from the start: small ones, kept from between the large ones of the blocks, would leave
+        # the heap in pieces that no block fits into any more.
+        found = torch.zeros(n_layers, len(INPUTS), sum(lengths), device=self.device)
         states = [list(self.embed(rows))]
         with torch.no_grad():
             for layer in range(n_layers):
@@ -219,41 +215,45 @@ class _Differentiable(ReferenceModel):
         gradients = self._last_gradients(states.pop(), generator)
         for layer in reversed(range(n_layers)):
             block, before = self.widen(self.read_block(layer)), states.pop()
-            sinks = [_Sink() for _ in rows]
-            for row, (state, sink) in enumerate(zip(before, sinks, strict=True)):
-                gradients[row] = self._backward(block, state, gradients[row], sink)
-            for name in INPUTS:
-                found[layer, name] = torch.cat([sink.squares[name] for sink in sinks]).cpu()
+            for row, of_row in enumerate(torch.split(found[layer], lengths, 1)):
+                squares = dict(zip(INPUTS, of_row, strict=True))
+                gradients[row] = self._backward(block, before[row], gradients[row], squares)
             step()
-        return found, gradients
+        places = ((layer, name) for layer in range(n_layers) for name in INPUTS)
+        return dict(zip(places, found.flatten(0, 1).cpu(), strict=True)), gradients
 
     def _last_gradients(
         self, states: Sequence[torch.Tensor], generator: torch.Generator
     ) -> list[torch.Tensor]:
         """Return the gradient of -log p(labels) at each row's states behind the last block."""
         head, gain = self._load(EMBEDDING if self.config.tied_head else HEAD), self._load(FINAL_NORM)
-        transposed, gradients = head.T.contiguous(), list[torch.Tensor]()
+        gradients = list[torch.Tensor]()
         for row in states:
             state = row.detach().requires_grad_()
             normed = self._norm(state, gain)
             pulled = []
             for start, end in chunks(len(state), POSITIONS):
-                p = torch.softmax(linear(normed[start:end].detach(), head), dim=-1)
+                # torch's own products, for oneDNN's would make a copy of the head.
+                p = torch.softmax(normed[start:end].detach() @ head.T, dim=-1)
                 p.nan_to_num_(1 / p.shape[1])  # a row that is not finite counts nothing, and stops nobody
                 labels = draw(p, generator)
                 p.scatter_add_(1, labels, -torch.ones_like(labels, dtype=p.dtype))
-                pulled.append(linear(p, transposed))
+                pulled.append(p @ head)
             gradients += torch.autograd.grad(normed, state, torch.cat(pulled))
         return gradients
 
     def _backward(
-        self, block: Block, state: torch.Tensor, gradient: torch.Tensor, sink: _Sink
+        self,
+        block: Block,
+        state: torch.Tensor,
+        gradient: torch.Tensor,
+        squares: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
         """Pull a row's gradient back through a block."""
         state = state.detach().requires_grad_()
 
         def times(x: torch.Tensor, name: str) -> torch.Tensor:
-            found: torch.Tensor = _Linear.apply(x, block[name], sink, name)  # type: ignore[no-untyped-call]
+            found: torch.Tensor = _Linear.apply(x, block[name], squares[name])  # type: ignore[no-untyped-call]
             return found
 
         with torch.enable_grad():
