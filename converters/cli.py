@@ -175,15 +175,18 @@ def plan(quiet: bool, as_json: bool, **chosen: Any) -> None:
     planning.plan(Terminal(quiet, as_json), planning.PlanChoices(device=None, **chosen))
 
 
-@dscq.command()
-@click.argument("file", type=EXISTING)
-@click.option(
+REFERENCE_OPTION = click.option(
     "--reference",
     required=True,
     type=click.Path(),
     metavar="SOURCE",
     help="The checkpoint that FILE was made from.",
 )
+
+
+@dscq.command()
+@click.argument("file", type=EXISTING)
+@REFERENCE_OPTION
 @click.option(
     "--report", type=click.Path(path_type=Path), help="Where to write the report; default: beside FILE."
 )
@@ -204,13 +207,7 @@ def verify(quiet: bool, as_json: bool, **chosen: Any) -> None:
 
 @dscq.command()
 @click.argument("file", type=EXISTING_FILE)
-@click.option(
-    "--reference",
-    required=True,
-    type=click.Path(),
-    metavar="SOURCE",
-    help="The checkpoint that FILE was made from.",
-)
+@REFERENCE_OPTION
 @click.option(
     "--stats",
     type=EXISTING_FOLDER,

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import torch
 
+from converters.calibration import check_free
 from converters.checkpoint import Checkpoint
 from converters.disk import PARTIAL, check_room, explained
 from converters.gguf_file import TensorEntry, read_head
@@ -93,10 +94,7 @@ def check_output(path: Path, output: Path, *, force: bool = False) -> None:
     """Raise OutputError for an output that is there, that is the file itself, or that has no room."""
     if output.exists() and output.samefile(path):
         raise OutputError(f"{output}: is the file that is read", hint="choose another name")
-    if output.exists() and not force:
-        raise OutputError(f"{output}: exists; nothing is overwritten", hint="use --force, or another name")
-    if not output.parent.is_dir():
-        raise OutputError(f"{output}: {output.parent} is no folder", hint="make it first")
+    check_free(output, force=force)
     check_room(output.parent, path.stat().st_size)
 
 
