@@ -87,21 +87,24 @@ def hessian(
 
     With `first`, the first tokens of rows have their share in it, if it is a block's. Raises ArchiveError.
     """
-    H, block = archive.statistics(name).hessian, _BLOCK.fullmatch(name)
+    H, block = archive.statistics(name, device).hessian, _BLOCK.fullmatch(name)
     if H is None:
         raise ArchiveError(f"{archive.folder}: no Hessian for {name}")
     if first is None or block is None:
-        return H.to(device), 1.0
-    return first.strengthen(H.to(device), int(block[1]), INPUTS[block[2]], archive.manifest.n_tokens)
+        return H, 1.0
+    return first.strengthen(H, int(block[1]), INPUTS[block[2]], archive.manifest.n_tokens)
 
 
 def first_tokens_of(
-    checkpoint: Checkpoint, archive: Archive, on_block: OnBlock = lambda done, total: None
+    checkpoint: Checkpoint,
+    archive: Archive,
+    on_block: OnBlock = lambda done, total: None,
+    device: str = "cpu",
 ) -> FirstTokens:
-    """Push what the archive's rows begin with through the checkpoint."""
+    """Push what the archive's rows begin with through the checkpoint, on a device."""
     rows = archive.rows()
     starts = rows.lengths.long().cumsum(0) - rows.lengths
-    return first_tokens(checkpoint.config, checkpoint.weights, rows.ids[starts].tolist(), on_block)
+    return first_tokens(checkpoint.config, checkpoint.weights, rows.ids[starts].tolist(), on_block, device)
 
 
 def check_hessians(archive: Archive) -> None:

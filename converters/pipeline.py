@@ -106,7 +106,8 @@ def first_tokens_known(
         return options
     if options.archive.sensitive:  # where they weigh what they are found to weigh
         return options
-    return replace(options, first_tokens=first_tokens_of(checkpoint, options.archive, on_block))
+    first = first_tokens_of(checkpoint, options.archive, on_block, options.device)
+    return replace(options, first_tokens=first)
 
 
 def _written(export: Export, folder: Path, pieces: Mapping[str, Sequence[Piece]], seconds: float) -> Written:

@@ -83,18 +83,23 @@ def first_tokens(
     weights: Weights,
     ids: Sequence[int],
     on_block: OnBlock = lambda done, total: None,
+    device: str = "cpu",
 ) -> FirstTokens:
     """Push the ids that rows begin with through the model, each a row of its own, one tensor at a time."""
     found, counts = torch.unique(torch.tensor(ids), return_counts=True)
-    state, inputs = weights.load(EMBEDDING)[found].float(), dict[tuple[int, str], torch.Tensor]()
+    state = weights.load(EMBEDDING)[found].to(device).float()
+    inputs = dict[tuple[int, str], torch.Tensor]()
+
+    def loaded(layer: int, name: str) -> torch.Tensor:
+        return weights.load(block_tensor(layer, name)).to(device).float()
 
     def times(x: torch.Tensor, layer: int, name: str) -> torch.Tensor:
         inputs[layer, INPUTS[name]] = x
-        return linear(x, weights.load(block_tensor(layer, name)).float())
+        return linear(x, loaded(layer, name))
 
     def normed(layer: int, name: str) -> torch.Tensor:
         scale = torch.rsqrt(state.square().mean(-1, keepdim=True) + config.rms_norm_eps)
-        return weights.load(block_tensor(layer, name)).float() * (state * scale)
+        return loaded(layer, name) * (state * scale)
 
     for layer in range(config.n_layers):
         value = times(normed(layer, "input_layernorm"), layer, "self_attn.v_proj")

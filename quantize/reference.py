@@ -90,7 +90,7 @@ class ReferenceModel:
         # Only the rows in use are widened: the table itself is as large as several blocks.
         table = self.weights.load(EMBEDDING)
         for row in rows:
-            yield table[row.cpu()].to(device=self.device, dtype=torch.float32)
+            yield table[row.cpu()].to(self.device).float()
 
     def read_block(self, layer: int) -> Block:
         """Return a decoder block's tensors as stored, by their names within the block."""
@@ -98,7 +98,8 @@ class ReferenceModel:
 
     def widen(self, block: Block) -> Block:
         """Return a block in f32 on the device."""
-        return {name: tensor.to(device=self.device, dtype=torch.float32) for name, tensor in block.items()}
+        # Widened there: else twice the bytes would travel, and the CPU would widen them.
+        return {name: tensor.to(self.device).float() for name, tensor in block.items()}
 
     def forward_block(
         self, block: Block, state: torch.Tensor, lengths: Sequence[int], observe: Observe | None = None
@@ -153,7 +154,7 @@ class ReferenceModel:
         self._head = None
 
     def _load(self, name: str) -> torch.Tensor:
-        return self.weights.load(name).to(device=self.device, dtype=torch.float32)
+        return self.weights.load(name).to(self.device).float()
 
     def _norm(self, state: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         variance = state.square().mean(-1, keepdim=True)

@@ -121,15 +121,17 @@ def mean_gradients(
     rows: Sequence[torch.Tensor],
     n_tokens: int = SAMPLE,
     on_block: OnBlock = lambda done, total: None,
+    chunk_tokens: int = LONGEST,
 ) -> Gradients:
     """Return the mean squares of gradients over about `n_tokens` tokens of rows of ids, int64 (n,).
 
     Rows are taken at even distances, and of each its beginning. First tokens are left out, in whose place
-    the Hessians have their share (quantize/first_tokens.py), unless there are no others.
+    the Hessians have their share (quantize/first_tokens.py), unless there are no others. For every chunk of
+    `chunk_tokens` the model is read twice; how large it is changes nothing else.
     """
     some = sample_rows(rows, n_tokens)
     later = torch.cat([torch.arange(len(row)) > 0 for row in some])
-    squares, embedding = _squares(model, some, LONGEST, 0, on_block)
+    squares, embedding = _squares(model, some, chunk_tokens, 0, on_block)
     means = {place: float((each[later] if later.any() else each).mean()) for place, each in squares.items()}
     return Gradients(means, embedding)
 

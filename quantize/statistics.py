@@ -112,11 +112,11 @@ class SecondMoment:
         if not self.panels:
             return PackedStatistics(self.n_tokens, diagonal, None)
         packed = torch.empty(_triangle(self.n_columns), dtype=torch.int16)
-        at, rows = 0, max(_MASKED // self.n_columns, 1)
+        at, rows, there = 0, max(_MASKED // self.n_columns, 1), diagonal.to(self.panels[0].device)
         for start, panel in zip(range(0, self.n_columns, self.width), self.panels, strict=True):
             for first in range(0, len(panel), rows):
                 part = panel[first : first + rows, first:]
-                codes = _encode((part / max(self.n_tokens, 1)).cpu(), diagonal[start + first :])
+                codes = _encode(part / max(self.n_tokens, 1), there[start + first :]).cpu()
                 packed[at : at + len(codes)] = codes
                 at += len(codes)
         return PackedStatistics(self.n_tokens, diagonal, packed)
@@ -131,25 +131,26 @@ def pack(statistics: Statistics) -> PackedStatistics:
     return PackedStatistics(statistics.n_tokens, diagonal, torch.cat(parts))
 
 
-def unpack(packed: PackedStatistics) -> Statistics:
-    """Return the statistics with H in f32; its diagonal is exactly `diagonal`."""
+def unpack(packed: PackedStatistics, device: str | torch.device = "cpu") -> Statistics:
+    """Return the statistics with H in f32 on a device; its diagonal is exactly `diagonal`."""
+    diagonal = packed.diagonal.to(device)
     if packed.correlations is None:
-        return Statistics(packed.n_tokens, packed.diagonal, None)
-    n, at = len(packed.diagonal), 0
-    scales = packed.diagonal.sqrt()
-    hessian = torch.empty(n, n)
+        return Statistics(packed.n_tokens, diagonal, None)
+    n, at = len(diagonal), 0
+    codes, scales = packed.correlations.to(device), diagonal.sqrt()
+    hessian = torch.empty(n, n, device=device)
     for start, end in _bands(n):
-        mask = torch.ones(end - start, n - start, dtype=torch.bool).triu_(1)
-        band = torch.zeros(mask.shape)
+        mask = torch.ones(end - start, n - start, dtype=torch.bool, device=device).triu_(1)
+        band = torch.zeros(mask.shape, device=device)
         n_codes = int(mask.sum())
-        band[mask] = packed.correlations[at : at + n_codes].float() / _STEPS
+        band[mask] = codes[at : at + n_codes].float() / _STEPS
         band *= scales[start:end, None] * scales[start:]
         hessian[start:end, start:] = band
         hessian[end:, start:end] = band[:, end - start :].T
         _mirror(hessian[start:end, start:end])
         at += n_codes
-    hessian.diagonal().copy_(packed.diagonal)
-    return Statistics(packed.n_tokens, packed.diagonal, hessian)
+    hessian.diagonal().copy_(diagonal)
+    return Statistics(packed.n_tokens, diagonal, hessian)
 
 
 def merge(one: Statistics, other: Statistics) -> Statistics:
@@ -184,7 +185,7 @@ def _encode(rows: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
     products = scales[: len(rows), None] * scales
     # A product may underflow where neither factor is zero: no correlation can be told from such a column.
     correlations = torch.where(products > 0, rows / products, 0).clamp_(-1, 1)
-    mask = torch.ones(rows.shape, dtype=torch.bool).triu_(1)
+    mask = torch.ones(rows.shape, dtype=torch.bool, device=rows.device).triu_(1)
     return (correlations[mask] * _STEPS).round_().to(torch.int16)
 
 

@@ -64,14 +64,14 @@ class Archive:
         names = [block_tensor(layer, name) for layer in range(config.n_layers) for name in INPUTS]
         return [*names, llama.EMBEDDING if config.tied_head else llama.HEAD]
 
-    def statistics(self, name: str) -> Statistics:
-        """Return the statistics of the input of a matrix, by its tensor's name in the checkpoint.
+    def statistics(self, name: str, device: str = "cpu") -> Statistics:
+        """Return on a device the statistics of a matrix's input, by its tensor's name in the checkpoint.
 
         The embedding stands for a tied head. Otherwise it has no input, and its statistics are those of the
         gradient at its output (quantize/sensitivity.py). Raises ArchiveError for a matrix that has none and
         for a damaged file.
         """
-        return unpack(self.packed(name))
+        return unpack(self.packed(name), device)
 
     def packed(self, name: str) -> PackedStatistics:
         """Return the same as it is stored: views of the mapped file."""

@@ -57,7 +57,14 @@ from quantize.errors import DscqError, UsageError
 from quantize.llama import block_tensor
 from quantize.ranks import Ranks, joined_ranks, rank_device
 from quantize.reference import HEAD_INPUT, INPUTS, OnBlock, ReferenceModel, usable_device
-from quantize.sensitivity import Gradients, TokenWeights, chunk_tokens_for, mean_gradients, token_weights
+from quantize.sensitivity import (
+    LONGEST,
+    Gradients,
+    TokenWeights,
+    chunk_tokens_for,
+    mean_gradients,
+    token_weights,
+)
 from quantize.statistics import PackedStatistics, SecondMoment, merge, pack
 
 Result = TypeVar("Result")
@@ -224,13 +231,22 @@ class _Run:
         manifest = Manifest(request, threads, *sizes, kinds, (*earlier, *dropped), members)
         write_manifest(self.folder, manifest)
 
+    def _chunk_tokens(self) -> int:
+        """Return how many tokens' gradients are made together: on a CPU a row's, to need little memory."""
+        config, device = self.model.config, self.model.device
+        if device.type == "cpu":
+            return LONGEST
+        return chunk_tokens_for(config.n_layers, config.hidden_size, free_bytes(str(device)))
+
     def _gradients(self, on_block: OnBlock) -> dict[str, torch.Tensor]:
         """Return the mean squared gradients, with those of the archive to add to, by tokens."""
         weights, base = self.calibration.weights, self.task.base
         if self.progress.request.options["diagonal_only"]:
             return {}
         if weights is None:
-            found = mean_gradients(self.model, self.task.rows.split(), on_block=on_block)
+            found = mean_gradients(
+                self.model, self.task.rows.split(), on_block=on_block, chunk_tokens=self._chunk_tokens()
+            )
         else:
             found = Gradients(weights.gradients, weights.embedding)
         own, embedding = gradient_tensor(found.means), found.embedding
