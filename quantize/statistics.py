@@ -28,8 +28,10 @@ every other and comes back as it was.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from quantize.packing_kernels import unpack_triangle
 from quantize.products import add_columns_product_
 
 _LEAST_PANEL, _MOST_PANEL, _PANELS = 128, 1024, 8
@@ -136,9 +138,19 @@ def unpack(packed: PackedStatistics, device: str | torch.device = "cpu") -> Stat
     diagonal = packed.diagonal.to(device)
     if packed.correlations is None:
         return Statistics(packed.n_tokens, diagonal, None)
-    n, at = len(diagonal), 0
     codes, scales = packed.correlations.to(device), diagonal.sqrt()
-    hessian = torch.empty(n, n, device=device)
+    hessian = torch.empty(len(diagonal), len(diagonal), device=device)
+    if hessian.device.type == "cpu":
+        unpack_triangle(codes.numpy(), scales.numpy(), np.float32(_STEPS), hessian.numpy())
+    else:
+        _unpack(codes, scales, hessian)
+    hessian.diagonal().copy_(diagonal)
+    return Statistics(packed.n_tokens, diagonal, hessian)
+
+
+def _unpack(codes: torch.Tensor, scales: torch.Tensor, hessian: torch.Tensor) -> None:
+    """Do what `unpack_triangle` does, with torch alone."""
+    n, at, device = len(scales), 0, scales.device
     for start, end in _bands(n):
         mask = torch.ones(end - start, n - start, dtype=torch.bool, device=device).triu_(1)
         band = torch.zeros(mask.shape, device=device)
@@ -149,8 +161,6 @@ def unpack(packed: PackedStatistics, device: str | torch.device = "cpu") -> Stat
         hessian[end:, start:end] = band[:, end - start :].T
         _mirror(hessian[start:end, start:end])
         at += n_codes
-    hessian.diagonal().copy_(diagonal)
-    return Statistics(packed.n_tokens, diagonal, hessian)
 
 
 def merge(one: Statistics, other: Statistics) -> Statistics:
