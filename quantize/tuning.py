@@ -258,4 +258,4 @@ class _Training:
         return Ratios(ones, ones.clone() if matrix.based else None)
 
     def _load(self, name: str) -> torch.Tensor:
-        return self.model.weights.load(name).to(device=self.model.device, dtype=torch.float32)
+        return self.model.weights.load(name).to(self.model.device).float()
