@@ -57,6 +57,7 @@ class ConvertChoices(SourceChoices):
     cache: str | None
     reserve: int | None
     ngl: int | None
+    exclude_types: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +147,7 @@ def _convert_options(choices: ConvertChoices, formats: set[str]) -> "ConvertOpti
     from converters.plan import ConvertOptions
     from converters.plan_file import read_plan
     from converters.planning import runtime
+    from converters.targets.gguf_speed import excluded_types
     from converters.targets.gguf_types import written_type
     from converters.targets.overrides import parse_overrides
     from quantize.codecs.encoder import encoding_gpus
@@ -170,6 +172,7 @@ def _convert_options(choices: ConvertChoices, formats: set[str]) -> "ConvertOpti
         effort=choices.effort or "default",
         tensor_parallel=choices.tensor_parallel or 1,
         runtime=runtime(choices.ctx, choices.cache, choices.reserve, choices.ngl),
+        excluded=excluded_types(choices.exclude_types),
         assigned=None if choices.plan is None else read_plan(choices.plan),
     )
 

@@ -26,10 +26,11 @@ def refuse_contradictions(choices: "ConvertChoices", requests: Sequence["Request
 
 def _refuse_useless_budgets(choices: "ConvertChoices", requests: Sequence["Request"]) -> None:
     """Raise UsageError for options that a budget or a plan leaves nothing to do."""
-    from converters.planning import refuse_idle_runtime
+    from converters.planning import refuse_idle_exclusion, refuse_idle_runtime
     from converters.targets.gguf_budget import is_budget, is_plan
 
     refuse_idle_runtime(choices.ctx, choices.cache, choices.reserve, choices.ngl, requests)
+    refuse_idle_exclusion(choices.exclude_types, requests)
     mixed = [request for request in requests if not is_budget(request.quant) and not is_plan(request.quant)]
     if choices.pure and not any(request.format == "gguf" for request in mixed):
         raise UsageError("--pure: no recipe is asked for, whose mix it would leave out")

@@ -115,6 +115,13 @@ RUNTIME_OPTIONS = options(
         type=click.IntRange(min=1),
         help="Of gguf:fit=: layers on the card, as llama.cpp counts; default: the whole file counts.",
     ),
+    click.option(
+        "--exclude-type",
+        "exclude_types",
+        multiple=True,
+        metavar="PATTERN",
+        help="Of gguf:bpw=, size= and fit=: types not to choose, as 'IQ[123]*', slow on a CPU.",
+    ),
 )
 PROOF_OPTIONS = options(
     click.option("--require-proof", is_flag=True, help="Exit 3 where the runtime is not installed."),

@@ -52,8 +52,8 @@ class ConvertOptions:
     `measurement` says what EXL2's layouts cost.
 
     `losses` are nats by the checkpoint's name of a matrix and by quant type (converters/type_losses.py): what
-    a budget is shared out by; `runtime` is what `fit=` leaves room for, EXL2's too; `assigned` has the types,
-    by GGUF's names of the matrices, of a plan that was given back.
+    a budget is shared out by, but to `excluded` types; `runtime` is what `fit=` leaves room for, EXL2's too;
+    `assigned` has the types, by GGUF's names of the matrices, of a plan that was given back.
     """
 
     folder: Path
@@ -77,6 +77,7 @@ class ConvertOptions:
     measurement: Measurement | None = None
     losses: Mapping[str, Mapping[str, float]] | None = None
     runtime: Runtime = field(default_factory=Runtime)
+    excluded: tuple[str, ...] = ()
     assigned: Mapping[str, str] | None = None
 
     @property

@@ -35,6 +35,7 @@ class PlanChoices(OpenChoices):
     cache: str | None
     reserve: int | None
     ngl: int | None
+    exclude_types: tuple[str, ...]
     tensor_types: tuple[str, ...]
     output_tensor_type: str | None
     token_embedding_type: str | None
@@ -105,6 +106,17 @@ def refuse_idle_runtime(
         raise UsageError(f"--ngl: only for gguf:fit=; {', '.join(foreign)} is on the card whole")
 
 
+def refuse_idle_exclusion(patterns: Sequence[str], requests: Sequence["Request"]) -> None:
+    """Raise UsageError for types to exclude where no request lets types be chosen."""
+    from converters.targets.gguf_budget import is_budget
+
+    if patterns and not any(each.format == "gguf" and is_budget(each.quant) for each in requests):
+        raise UsageError(
+            "--exclude-type: only for gguf:bpw=, size= and fit=, none of which is asked for",
+            hint="a recipe's types are changed by --tensor-type",
+        )
+
+
 def _refuse_foreign_cache(cache: str, fits: Sequence["Request"]) -> None:
     """Raise UsageError for a type of the KV cache that the runtime of a format does not have."""
     from converters import exllamav2_memory, runtime_memory
@@ -139,6 +151,8 @@ def _check(choices: PlanChoices, request: "Request | None") -> None:
         check_plot(choices.plot)
     requests = [] if request is None else [request]
     refuse_idle_runtime(choices.ctx, choices.cache, choices.reserve, choices.ngl, requests)
+    if not choices.curve:
+        refuse_idle_exclusion(choices.exclude_types, requests)
     for path in filter(None, (choices.output, choices.plot)):
         check_free(path, force=choices.force)
 
@@ -148,6 +162,7 @@ def _opened(terminal: Terminal, choices: PlanChoices) -> "tuple[Checkpoint, Conv
     from converters.hessians import check_hessians
     from converters.plan import ConvertOptions
     from converters.stats.archive import open_archive
+    from converters.targets.gguf_speed import excluded_types
     from converters.targets.gguf_types import written_type
     from converters.targets.overrides import parse_overrides
 
@@ -159,6 +174,7 @@ def _opened(terminal: Terminal, choices: PlanChoices) -> "tuple[Checkpoint, Conv
         output_tensor_type=output and written_type(output, "--output-tensor-type"),
         token_embedding_type=embedding and written_type(embedding, "--token-embedding-type"),
         runtime=runtime(choices.ctx, choices.cache, choices.reserve, choices.ngl),
+        excluded=excluded_types(choices.exclude_types),
     )
     checkpoint = opened(terminal, choices, choices.source)
     archive = open_archive(choices.stats)

@@ -11,6 +11,8 @@ that no option pins may have each type that its rows fit, with the bytes in the 
 it; `quantize.allocate` chooses. A head's length depends, if little, on the types, so the bytes of the whole
 are counted after the choice, and the choice is made again with as much less as they are over.
 
+Of two types that lose the same but for 2 %, the one that is decoded faster wins, if it takes no more bytes.
+
 Before there are statistics, while a run has yet to measure them, types are provisional: a weight of b bits is
 taken to lose 4^-b. The sizes are then what they will be, and can be checked.
 """
@@ -27,6 +29,7 @@ from converters.names import gguf_name
 from converters.plan import ConvertOptions
 from converters.runtime_memory import beside_weights, blocks_on_card, on_card
 from converters.sizes import parse_size
+from converters.targets.gguf_speed import without_slower
 from converters.targets.gguf_types import GgufTypes
 from quantize.allocate import Option, allocate
 from quantize.codecs import CODECS, codec
@@ -156,16 +159,27 @@ def card_bytes(types: GgufTypes) -> int:
 def _options(
     config: LlamaConfig, options: ConvertOptions
 ) -> tuple[list[str], list[list[tuple[str, Option]]]]:
-    """Return the matrices that are free, and the types that each may have."""
+    """Return the matrices that are free, and the types that each may have.
+
+    Raises PlanError for matrices whose rows fit excluded types alone.
+    """
     base = GgufTypes(config, _recipe("", {}, config), options)
     free = [name for name in base.matrices() if not base.pinned(name)]
     shapes = config.tensor_shapes()
     losses = options.losses or {name: _nominal(name, shapes[name], options) for name in free}
+    allowed = {
+        name: {quant: nats for quant, nats in losses[name].items() if quant not in options.excluded}
+        for name in free
+    }
+    if bare := [f"{gguf_name(name)}: all of {', '.join(losses[name])}" for name in free if not allowed[name]]:
+        raise PlanError("every type that these matrices can have is excluded", reasons=bare[:5])
     return free, [
-        [
-            (quant, Option(8 * padded(_n_bytes(quant, shapes[name])), nats))
-            for quant, nats in losses[name].items()
-        ]
+        without_slower(
+            {
+                quant: Option(8 * padded(_n_bytes(quant, shapes[name])), nats)
+                for quant, nats in allowed[name].items()
+            }
+        )
         for name in free
     ]
 
@@ -245,11 +259,16 @@ def _remarks(types: GgufTypes, budget: int) -> tuple[str, ...]:
         return (f"at most {budget:,} bytes; the types are provisional: no losses have been predicted yet",)
     runtime = types.options.runtime
     if not (types.recipe.name.startswith("fit=") and runtime.gpu_layers is not None):
-        return (f"at most {budget:,} bytes", *_loss_remark(types))
+        return (f"at most {budget:,} bytes", *_exclusion(types), *_loss_remark(types))
     n_blocks = len(blocks_on_card(types.config, runtime))
     there = f"the output matrix and {n_blocks} of {types.config.n_layers} blocks"
     placed = f"on the card: {there}, {card_bytes(types):,} bytes of at most {budget:,}"
-    return (placed, *_loss_remark(types))
+    return (placed, *_exclusion(types), *_loss_remark(types))
+
+
+def _exclusion(types: GgufTypes) -> list[str]:
+    excluded = types.options.excluded
+    return [f"without {', '.join(excluded)}, which are excluded"] if excluded else []
 
 
 def _loss_remark(types: GgufTypes) -> list[str]:

@@ -30,8 +30,10 @@ from converters.stats.run import calibrate_checkpoint
 from converters.targets import parse_request
 from converters.targets.gguf import gguf_types
 from converters.targets.gguf_budget import predicted_loss
+from converters.targets.gguf_speed import TIE, excluded_types, without_slower
 from converters.type_losses import kept_losses, measured_losses
 from quantize import type_errors
+from quantize.allocate import Option
 from quantize.codecs import codec
 from quantize.errors import DscqError, PlanError, UsageError
 from quantize.llama import EMBEDDING, HEAD, LlamaConfig
@@ -101,7 +103,7 @@ def test_more_bytes_never_lose_more_and_no_recipe_loses_less(
     for point in recipes:
         # The head of a file that importances were used for says so; that of a Q8_0 has no need.
         size = f"size={point.n_bytes + 500}"
-        assert loss(checkpoint, options, size) <= point.predicted_kl * (1 + 1e-9)
+        assert loss(checkpoint, options, size) <= point.predicted_kl * (1 + TIE)
 
 
 def test_where_the_richest_types_fit_there_is_nothing_to_share(
@@ -124,6 +126,26 @@ def test_pins_are_kept_and_counted(checkpoint: Checkpoint, options: ConvertOptio
     assert {types[f"blk.{i}.ffn_down.weight"] for i in range(5)} == {"Q5_1"}
     plan = planned(checkpoint, options, "size=3.9MB", tensor_types=((".", "Q4_0"),))
     assert {tensor.quant for tensor in plan.tensors if len(tensor.shape) > 1} == {"Q4_0"}
+
+
+def test_excluded_types_are_not_chosen(checkpoint: Checkpoint, options: ConvertOptions) -> None:
+    chosen = {tensor.quant for tensor in planned(checkpoint, options, "bpw=3.2").tensors}
+    assert any(quant.startswith("IQ") for quant in chosen)
+    excluded = excluded_types(("iq*",))
+    plan = planned(checkpoint, options, "bpw=3.6", excluded=excluded)
+    assert not {tensor.quant for tensor in plan.tensors} & {*excluded}
+    assert 0.995 * 3.6 * checkpoint.config.n_parameters / 8 < plan.n_bytes
+    assert any("IQ4_XS" in note and "excluded" in note for note in plan.notes)
+    with pytest.raises(PlanError, match="every type that these matrices can have is excluded"):
+        planned(checkpoint, options, "bpw=3.6", excluded=excluded_types(("*",)))
+
+
+def test_of_two_types_alike_the_faster_one_is_chosen() -> None:
+    slow, fast = "IQ3_S", "Q3_K"
+    for bits, nats, kept in ((8, 1.015, [fast]), (8, 1.03, [slow, fast]), (9, 1.0, [slow, fast])):
+        options = {slow: Option(8, 1.0), fast: Option(bits, nats)}
+        assert [quant for quant, _ in without_slower(options)] == kept
+    assert len(without_slower({fast: Option(8, 1.0), slow: Option(8, 1.01)})) == 1
 
 
 def test_what_is_too_small_is_refused_with_the_smallest_size(
@@ -382,6 +404,8 @@ def test_options_that_mean_nothing_are_usage_errors(
         (("--to", "gguf:bpw=4", "--plot", "a.svg"), "--plot draws the curve"),
         (("--to", "gguf:bpw=4", "--reserve", "1G"), "--reserve: only for fit="),
         (("--to", "gguf:bpw=4", "--ngl", "9"), "--ngl: only for fit="),
+        (("--to", "gguf:bpw=4", "--exclude-type", "IQ9*"), "--exclude-type IQ9*: no type has such a name"),
+        (("--to", "gguf:Q4_K_M", "--exclude-type", "IQ*"), "--exclude-type: only for gguf:bpw="),
     ],
 )
 def test_plans_that_mean_nothing_are_usage_errors(
