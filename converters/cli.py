@@ -158,6 +158,11 @@ def calibrate(quiet: bool, as_json: bool, **chosen: Any) -> None:
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the plan: a .toml to edit.")
 @click.option("--curve", is_flag=True, help="Show sizes against predicted losses, llama.cpp's recipes too.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the curve: .png, .svg.")
+@click.option(
+    "--reports",
+    type=EXISTING_FOLDER,
+    help="A folder with reports of conversions, whose measured losses the curve is to show too.",
+)
 @click.option("--force", is_flag=True, help="Overwrite the files of -o and --plot.")
 @PIN_OPTIONS
 @RUNTIME_OPTIONS

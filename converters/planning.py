@@ -30,6 +30,7 @@ class PlanChoices(OpenChoices):
     output: Path | None
     curve: bool
     plot: Path | None
+    reports: Path | None
     force: bool
     ctx: int | None
     cache: str | None
@@ -145,9 +146,10 @@ def _check(choices: PlanChoices, request: "Request | None") -> None:
         raise UsageError(f"--to {request}: only GGUF has types to plan", hint="for example gguf:bpw=3.5")
     if choices.output is not None and request is None:
         raise UsageError("-o: only with --to, which says what to plan")
+    drawn = {"--plot draws": choices.plot, "--reports is for": choices.reports}
+    if idle := [name for name, value in drawn.items() if value is not None and not choices.curve]:
+        raise UsageError(f"{idle[0]} the curve", hint="give --curve too")
     if choices.plot is not None:
-        if not choices.curve:
-            raise UsageError("--plot draws the curve", hint="give --curve too")
         check_plot(choices.plot)
     requests = [] if request is None else [request]
     refuse_idle_runtime(choices.ctx, choices.cache, choices.reserve, choices.ngl, requests)
@@ -188,8 +190,8 @@ def _curve(
 ) -> "list[Point]":
     from converters import curve
 
-    points = curve.curve(checkpoint, options)
-    terminal.table("size against predicted KL divergence", curve.COLUMNS, [point.cells() for point in points])
+    points = curve.curve(checkpoint, options, choices.reports)
+    terminal.table("size against KL divergence", curve.COLUMNS, [point.cells() for point in points])
     if choices.plot is not None:
         curve.plot(points, choices.plot)
         terminal.result(f"wrote {choices.plot}")

@@ -3,7 +3,7 @@
 import json
 import tomllib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,12 +98,12 @@ def test_more_bytes_never_lose_more_and_no_recipe_loses_less(
     allocated = [point for point in points if point.quant.startswith("bpw=")]
     recipes = [point for point in points if not point.quant.startswith("bpw=")]
     assert len(allocated) > 10 and {"Q2_K", "Q4_K_M", "Q8_0", "F16"} <= {point.quant for point in recipes}
-    losses = [point.predicted_kl for point in allocated]
+    losses = [point.predicted_kl or 0.0 for point in allocated]
     assert losses == sorted(losses, reverse=True)
     for point in recipes:
         # The head of a file that importances were used for says so; that of a Q8_0 has no need.
         size = f"size={point.n_bytes + 500}"
-        assert loss(checkpoint, options, size) <= point.predicted_kl * (1 + TIE)
+        assert loss(checkpoint, options, size) <= (point.predicted_kl or 0.0) * (1 + TIE)
 
 
 def test_where_the_richest_types_fit_there_is_nothing_to_share(
@@ -375,6 +375,35 @@ def test_the_curve_is_drawn(
     assert "Q4_K_M" in picture.read_text()
 
 
+def test_the_curve_shows_what_reports_have_measured(
+    checkpoint: Checkpoint, options: ConvertOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curves, "SIZES", (3.0, 5.0))
+    sizes = {quant: planned(checkpoint, options, quant).n_bytes for quant in ("Q4_K_M", "bpw=3.7")}
+    own = asdict(checkpoint.config)
+    for number, (quant, n_bytes, kl, config) in enumerate(
+        [
+            ("Q4_K_M", sizes["Q4_K_M"], 0.25, own),
+            ("bpw=3.7", sizes["bpw=3.7"], 0.5, own),
+            ("Q2_K", 123, 0.75, own),
+            ("Q3_K_M", 124, 0.75, own | {"n_layers": 9}),
+        ]
+    ):
+        figures = [{"pair": "checkpoint -> file", "positions": "all", "mean": kl}]
+        report = {"config": config, "source": {"name": checkpoint.provenance.name}}
+        report |= {"plan": {"request": f"gguf:{quant}", "n_bytes": n_bytes}, "proof": {"figures": figures}}
+        (tmp_path / f"{number}.report.json").write_text(json.dumps(report))
+    (tmp_path / "other.report.json").write_text("{}")
+    points = {point.quant: point for point in curve(checkpoint, options, tmp_path) if point.measured_kl}
+    assert {quant: point.measured_kl for quant, point in points.items()} == {
+        "Q4_K_M": 0.25,
+        "bpw=3.7": 0.5,
+        "Q2_K": 0.75,
+    }
+    assert points["bpw=3.7"].predicted_kl == pytest.approx(loss(checkpoint, options, "bpw=3.7"))
+    assert points["Q2_K"].predicted_kl is None and points["Q2_K"].n_bytes == 123
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -402,6 +431,7 @@ def test_options_that_mean_nothing_are_usage_errors(
         (("--to", "gptq:4bit-128g"), "only GGUF has types to plan"),
         (("--curve", "-o", "plan.toml"), "-o: only with --to"),
         (("--to", "gguf:bpw=4", "--plot", "a.svg"), "--plot draws the curve"),
+        (("--to", "gguf:bpw=4", "--reports", "."), "--reports is for the curve"),
         (("--to", "gguf:bpw=4", "--reserve", "1G"), "--reserve: only for fit="),
         (("--to", "gguf:bpw=4", "--ngl", "9"), "--ngl: only for fit="),
         (("--to", "gguf:bpw=4", "--exclude-type", "IQ9*"), "--exclude-type IQ9*: no type has such a name"),
