@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 
 from converters.checkpoint import Checkpoint
-from converters.pipeline import convert
+from converters.pipeline import convert, first_tokens_known
 from converters.plan import ConvertOptions
 from converters.stats.archive import Archive
 from converters.stats.prepare import CalibrateOptions
 from converters.stats.run import calibrate_checkpoint
 from converters.targets import parse_request
 from converters.tune import tune_file
-from converters.type_losses import kept_losses, measured_losses
+from converters.type_losses import Losses, kept_losses, measured_losses
 from quantize.solver.linears import Effort
 from quantize.tuning import Settings
 
@@ -116,9 +116,14 @@ class Chain:
             return options
         options = replace(options, archive=archive, compensate=True, effort=self.effort)
         if "=" in recipe:
-            losses = kept_losses(options) or measured_losses(self.checkpoint, options)
-            options = replace(options, losses=losses)
+            options = replace(options, losses=self._losses(options))
         return options
+
+    def _losses(self, options: ConvertOptions) -> Losses:
+        kept = kept_losses(options)
+        if kept is not None:
+            return kept
+        return measured_losses(self.checkpoint, first_tokens_known(self.checkpoint, options))
 
     def made(self, recipe: str, options: ConvertOptions, role: str) -> Path:
         """Return a file that dscq writes."""
