@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from quantize.codecs.base import Codec
-from quantize.codecs.fields import FieldCodec, Fields
+from quantize.codecs.fields import FieldCodec, Fields, on_cpu
 from quantize.codecs.legacy import Q8_0
 from quantize.codecs.native.iq4 import VALUES
 from quantize.solver.grid import Grid
@@ -48,9 +48,11 @@ class BlockShape:
     based: bool = False
     uneven: bool = False
 
-    def levels(self) -> torch.Tensor:
-        """Return the levels, f32 (L,), ascending."""
-        return torch.from_numpy(VALUES) if self.uneven else torch.arange(float(self.n_levels))
+    def levels(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return the levels, f32 (L,), ascending, on a device; None: the CPU."""
+        if self.uneven:
+            return torch.from_numpy(VALUES).to(device or "cpu")
+        return torch.arange(float(self.n_levels), device=device or "cpu")
 
 
 SHAPES: Mapping[str, BlockShape] = {
@@ -93,8 +95,8 @@ class BlockScales:
         unit, drop_unit = self.units()
         scale = unit * self.steps
         base = -(drop_unit * self.drops) if self.shape.based else -self.shape.middle * scale
-        group = torch.arange(scale.shape[1] * self.shape.sub) // self.shape.sub
-        return Grid(scale, base, group, self.shape.levels())
+        group = torch.arange(scale.shape[1] * self.shape.sub, device=scale.device) // self.shape.sub
+        return Grid(scale, base, group, self.shape.levels(scale.device))
 
 
 def join(parts: list[BlockScales]) -> BlockScales:
@@ -109,7 +111,7 @@ def searched_scales(kind: Codec, W: torch.Tensor, importance: torch.Tensor) -> B
     if not isinstance(kind, FieldCodec):  # Q8_0 alone: its scale needs no search
         largest = W.reshape(n, -1, shape.sub).abs().amax(2)
         return _alone(shape, largest / shape.middle, torch.zeros_like(largest))
-    fields = kind.search(W, importance)
+    fields = (kind.search if on_cpu(W) else kind.search_tensors)(W, importance)
     d = _half(fields.d).reshape(n, -1)
     if shape.steps is None:
         return _alone(shape, d, -_half(fields.dmin).reshape(n, -1) if shape.based else torch.zeros_like(d))
