@@ -25,9 +25,10 @@ from dataclasses import dataclass
 import torch
 
 from quantize.codecs.base import Codec
-from quantize.codecs.fields import FieldCodec, Fields, on_cpu
+from quantize.codecs.fields import FieldCodec, Fields
 from quantize.codecs.legacy import Q8_0
 from quantize.codecs.native.iq4 import VALUES
+from quantize.solver import gpu
 from quantize.solver.grid import Grid
 
 
@@ -96,7 +97,8 @@ class BlockScales:
         scale = unit * self.steps
         base = -(drop_unit * self.drops) if self.shape.based else -self.shape.middle * scale
         group = torch.arange(scale.shape[1] * self.shape.sub, device=scale.device) // self.shape.sub
-        return Grid(scale, base, group, self.shape.levels(scale.device))
+        levels = self.shape.levels(scale.device)
+        return Grid(scale, base, group, levels, uniform=not self.shape.uneven)
 
 
 def join(parts: list[BlockScales]) -> BlockScales:
@@ -111,7 +113,12 @@ def searched_scales(kind: Codec, W: torch.Tensor, importance: torch.Tensor) -> B
     if not isinstance(kind, FieldCodec):  # Q8_0 alone: its scale needs no search
         largest = W.reshape(n, -1, shape.sub).abs().amax(2)
         return _alone(shape, largest / shape.middle, torch.zeros_like(largest))
-    fields = (kind.search if on_cpu(W) else kind.search_tensors)(W, importance)
+    if gpu.takes(W.device):
+        from quantize.solver.gpu.type_search import search_type
+
+        d, dmin, *integers = search_type(kind.name, shape, W, importance)
+        return BlockScales(shape, _half(d), _half(dmin), *(part.contiguous() for part in integers))
+    fields = kind.search(W, importance)
     d = _half(fields.d).reshape(n, -1)
     if shape.steps is None:
         return _alone(shape, d, -_half(fields.dmin).reshape(n, -1) if shape.based else torch.zeros_like(d))

@@ -99,7 +99,7 @@ def search(
     """
     adds = torch.tensor(beside, dtype=torch.float32)
     if gpu.takes(goal.device):
-        from quantize.solver.gpu.search import search_scales
+        from quantize.solver.gpu.beside import search_scales
 
         return search_scales(goal, factors, shape, adds.to(goal.device), fields)
     middle, limits = np.float32(shape.middle), _limits(shape)

@@ -4,9 +4,10 @@ A program of a kernel holds all columns of a few rows in registers and walks ove
 the CPU do; nothing travels between programs. All is f32, and no product is rounded to TF32. Sums are ordered
 otherwise than on the CPU, so that a near-tie may fall to the other side: codes are as good, not the same.
 
-    columns   codes rounded with compensation, codes moved to their best: GPTQ, EXL2 and ggml's blocks
-    search    the search of ggml's scales among those beside them
-    refit     the refit of ggml's scales to their codes
+    columns      codes rounded with compensation, codes moved to their best: GPTQ, EXL2 and ggml's blocks
+    type_search  the searches of ggml's types, of which compensation needs the scales
+    beside       the search of scales beside those that there are
+    refit        the refit of scales to their codes
 
 Triton comes with torch's CUDA builds for Linux. The modules of this package need it and are imported only
 where `takes` says that they can serve: on a CPU nothing of it is ever loaded. With TRITON_INTERPRET=1 in the

@@ -72,7 +72,8 @@ def _grid(grid: Grid) -> tuple[tuple[torch.Tensor, ...], float, int]:
     """Return what the kernels take of a grid, its highest level and the number of uneven levels' middles."""
     levels = grid.levels.contiguous()
     middles = ((levels[1:] + levels[:-1]) / 2).contiguous()
-    n_middles = 0 if is_uniform(levels) else len(middles)
+    uniform = is_uniform(levels) if grid.uniform is None else grid.uniform
+    n_middles = 0 if uniform else len(middles)
     scale = grid.scale.contiguous()
     fields = scale, inverted(scale), grid.base.contiguous(), grid.group.contiguous(), levels, middles
     return fields, float(len(levels) - 1), n_middles
