@@ -89,7 +89,8 @@ def _check(kind: Codec, W: torch.Tensor, factor: BlockFactor, effort: str) -> No
     if kind.name not in compensated_types():
         reasons.append(f"{kind.name}: error-compensated types are {', '.join(compensated_types())}")
     elif W.device != factor.hessian.device or not compensates_on(kind, W.device):
-        reasons.append(f"{kind.name}, a matrix on {W.device}, a Hessian on {factor.hessian.device}")
+        places = f"a matrix on {W.device} and a Hessian on {factor.hessian.device}"
+        reasons.append(f"{kind.name}: not compensated with {places}")
     if effort not in ROUNDS:
         reasons.append(f"effort {effort!r}: known are {', '.join(ROUNDS)}")
     if W.ndim != 2 or W.shape[1] != len(factor.hessian):
