@@ -42,8 +42,9 @@ class ConvertOptions:
     The rest decides types, as the options of llama-quantize: `tensor_types` are (regular expression on the
     format's tensor name, quant type), of which the first that matches counts; `pure` leaves the mix of a
     recipe out; `importances` come from an imatrix. `device` is where the types that gain from a GPU are
-    encoded: cpu, cuda (all GPUs in turn) or cuda:1; the bytes are the same. `fresh` makes every tensor anew,
-    whatever earlier runs left in the folder.
+    encoded: cpu, cuda (all GPUs in turn) or cuda:1; the bytes are the same but where errors are compensated:
+    there near-ties may fall to the other side. `fresh` makes every tensor anew, whatever earlier runs left in
+    the folder.
 
     `archive` has the Hessians that errors are compensated with, in GGUF if `compensate`, and
     `first_tokens` what its rows begin with (`convert` sees to it); `effort` says how

@@ -33,15 +33,14 @@ from converters.targets.gguf_budget import (
     plan_faults,
 )
 from converters.targets.gguf_fields import add_split_fields, bare_fields, gguf_fields
-from converters.targets.gguf_types import GgufTypes
-from quantize.codecs import codec
+from converters.targets.gguf_types import GgufTypes, suits_gpu
+from quantize.codecs import Codec, codec
 from quantize.codecs.encoder import Encoder, encoding_gpus
 from quantize.errors import PlanError, UsageError
 from quantize.recipes import ALIASES, RECIPES, Choice
 from quantize.solver import SOLVING
 from quantize.solver.block_factor import DAMP, BlockFactor, prepare_blocks
-from quantize.solver.blocks import encode_compensated
-from quantize.solver.linears import Effort
+from quantize.solver.blocks import compensates_on, encode_compensated
 
 _READ_ONLY = {
     **dict.fromkeys(("TQ1_0", "TQ2_0"), "a model must be trained for ternary weights"),
@@ -150,8 +149,8 @@ class GgufWriter:
         self._importances = {} if options.importances is None else options.importances.rows
         compensating = any(tensor.compensated for tensor in plan.tensors)
         self._hessians = _hessians(options) if compensating else None
-        self._effort = options.effort
-        self._encoder, self._hashed = Encoder(encoding_gpus(options.device)), options.hash_tensors
+        self._effort, self._gpus = options.effort, encoding_gpus(options.device)
+        self._encoder, self._hashed = Encoder(self._gpus), options.hash_tensors
         self._reused, self._lock = Counter[str](), Lock()
         self._files: list[JournaledFile] = []
         try:
@@ -195,15 +194,23 @@ class GgufWriter:
         if self._hessians is None or not tensor.compensated:
             return slice_key(rows, tensor.quant, order, importance)
         rounding = f"{SOLVING} {self._effort} {self._hessians.archive.identity(tensor.name)}"
-        return slice_key(rows, tensor.quant, order, None, rounding)
+        # Near-ties may fall to the other side on another kind of device.
+        where = f" {self._gpus[0].type}" if self._gains(codec(tensor.quant)) else ""
+        return slice_key(rows, tensor.quant, order, None, rounding + where)
+
+    def _gains(self, kind: Codec) -> bool:
+        """Return whether a GPU compensates a type's errors."""
+        return bool(self._gpus) and compensates_on(kind, self._gpus[0])
 
     def _encoded(self, name: str, rows: torch.Tensor) -> memoryview:
         tensor = self._plan.by_name[name]
         # The row step of q and k is a head: rows change places within it alone.
         ordered = permute(rows, tensor.row_step) if is_rotary(name) else rows
         if self._hessians is not None and tensor.compensated:
-            factor = self._hessians.prepared(name, self._effort)
-            blocks = encode_compensated(codec(tensor.quant), ordered.float(), factor, self._effort)
+            kind = codec(tensor.quant)
+            with self._encoder.place(kind, gains=self._gains(kind)) as device:
+                factor = self._hessians.prepared(name, device)
+                blocks = encode_compensated(kind, ordered.to(device).float(), factor, self._effort).cpu()
             return blocks.numpy().data.cast("B")
         # Importances are of columns, which keep their order.
         blocks = self._encoder.encode(codec(tensor.quant), ordered, self._importances.get(name))
@@ -248,16 +255,16 @@ class _Layout:
         return head_bytes(writer, entries)
 
 
-def _hessians(options: ConvertOptions) -> Hessians[Effort, BlockFactor]:
+def _hessians(options: ConvertOptions) -> Hessians[torch.device, BlockFactor]:
     if options.archive is None:
         raise AssertionError("the plan compensates without an archive")
     return Hessians(options.archive, _prepared, first=options.first_tokens)
 
 
 def _prepared(
-    H: torch.Tensor, damp_scale: float, effort: Effort, name: str
+    H: torch.Tensor, damp_scale: float, device: torch.device, name: str
 ) -> tuple[BlockFactor, tuple[str, ...]]:
-    factor = prepare_blocks(H, damp=DAMP * damp_scale, name=name)
+    factor = prepare_blocks(H.to(device), damp=DAMP * damp_scale, name=name)
     return factor, factor.log
 
 
@@ -266,12 +273,14 @@ def _unplaced(types: GgufTypes) -> list[TensorPlan]:
     shapes, head_dim = types.config.tensor_shapes(), types.config.head_dim
     compensated = types.compensated()
     return [
-        replace(_tensor_plan(name, shapes[name], choice, head_dim), compensated=name in compensated)
+        _tensor_plan(name, shapes[name], choice, head_dim, name in compensated)
         for name, choice in types.choices.items()
     ]
 
 
-def _tensor_plan(name: str, shape: tuple[int, ...], choice: Choice, head_dim: int) -> TensorPlan:
+def _tensor_plan(
+    name: str, shape: tuple[int, ...], choice: Choice, head_dim: int, compensated: bool
+) -> TensorPlan:
     kind = codec(choice.quant)
     return TensorPlan(
         name=name,
@@ -284,7 +293,8 @@ def _tensor_plan(name: str, shape: tuple[int, ...], choice: Choice, head_dim: in
         offset=0,
         row_step=head_dim if is_rotary(name) else 1,
         overflow=kind.overflow,
-        suits_gpu=kind.gains_from_gpu or kind.block_size == 1,
+        suits_gpu=suits_gpu(kind, compensated) or kind.block_size == 1,
+        compensated=compensated,
         falls_back=choice.falls_back,
     )
 

@@ -19,14 +19,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
+
 from converters.names import gguf_name
 from converters.plan import ConvertOptions
-from quantize.codecs import CODECS, codec
+from quantize.codecs import CODECS, Codec, codec
 from quantize.errors import UsageError
 from quantize.llama import EMBEDDING, HEAD, LlamaConfig
 from quantize.recipes import OUTPUT, TOKEN_EMBD, Choice, Place, Recipe, fitted, mixed, requires_importances
-from quantize.solver.blocks import compensated_types
+from quantize.solver.blocks import compensated_types, compensates_on
 
+_GPU = torch.device("cuda")
 _VECTORS = Choice("F32", "vectors are always F32")
 _BLOCK_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
@@ -39,6 +42,11 @@ def written_type(text: str, option: str) -> str:
         fault = "is read but not written" if name in CODECS else "is no quant type"
         raise UsageError(f"{option}: {text!r} {fault}", hint=f"known: {known}")
     return name
+
+
+def suits_gpu(kind: Codec, compensated: bool) -> bool:
+    """Return whether a GPU encodes a type: by the type's own search, or with errors compensated."""
+    return compensates_on(kind, _GPU) if compensated else kind.gains_from_gpu
 
 
 @dataclass(frozen=True)
@@ -191,8 +199,11 @@ class GgufTypes:
         return [name for name in self._searched() if name not in users]
 
     def _device_notes(self) -> list[str]:
-        counts = Counter(self.choices[name].quant for name in self._searched())
-        slow = [f"{quant} ({n} tensors)" for quant, n in counts.items() if not codec(quant).gains_from_gpu]
+        compensated = self.compensated()
+        names = {*self._searched(), *compensated}
+        kinds = [(name, codec(choice.quant)) for name, choice in self.choices.items() if name in names]
+        counts = Counter(kind.name for name, kind in kinds if not suits_gpu(kind, name in compensated))
+        slow = [f"{quant} ({n} tensors)" for quant, n in counts.items()]
         return [f"encoded on the CPU, for no search of a GPU is there: {', '.join(slow)}"] if slow else []
 
     def _missing_importances(self) -> Iterator[str]:

@@ -6,6 +6,8 @@ are encoded on the CPU whatever the device: for them a GPU would be a detour. Ro
 bytes do not depend on how many devices there are or on which of them took which slice.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import cycle
 from threading import BoundedSemaphore
 
@@ -47,12 +49,25 @@ class Encoder:
 
         Raises DscqError, beside what that raises, where a device has too little memory or fails.
         """
-        if self._places is None or not kind.gains_from_gpu:
-            return kind.encode(rows, importance)
+        with self.place(kind, gains=kind.gains_from_gpu) as device:
+            if device.type == "cpu":
+                return kind.encode(rows, importance)
+            return kind.encode(rows.to(device), importance).cpu()
+
+    @contextmanager
+    def place(self, kind: Codec, *, gains: bool) -> Iterator[torch.device]:
+        """Say where to encode rows, and keep room there meanwhile: on the next GPU, once it has any, or on
+        the CPU where there is none or the type gains nothing from it.
+
+        Raises DscqError in place of what torch does where the device has too little memory or fails.
+        """
+        if self._places is None or not gains:
+            yield torch.device("cpu")
+            return
         device, room = next(self._places)
         with room:
             try:
-                return kind.encode(rows.to(device), importance).cpu()
+                yield device
             except torch.OutOfMemoryError as error:
                 hint = "free memory of the GPU, or use --device cpu"
                 raise DscqError(f"{device}: too little memory to encode {kind.name}", hint=hint) from error

@@ -13,7 +13,9 @@ independent; within a row, the errors of correlated columns can cancel, and that
     exl2         the same for EXL2: groups of several widths, scales of four bits
     kernels      the inner loops over columns on the CPU
     blocks       ggml's block types: a Hessian factored by super-blocks (block_factor), what their fields can
-                 hold (block_grids), and compiled loops (block_kernels, search_kernels, refit_kernels)
+                 hold (block_grids), and loops (block_loops), on the CPU compiled (block_kernels,
+                 search_kernels, refit_kernels)
+    gpu          the inner loops in Triton, for CUDA GPUs
     points       the same for IQ2 and IQ3, whose codes are points of several weights (point_kernels,
                  point_round_kernels, point_move_kernels)
 

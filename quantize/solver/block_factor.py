@@ -118,7 +118,7 @@ def _walk(factor: Factor, dead: float) -> tuple[BlockStep, ...]:
 
 def _sub_factors(S: torch.Tensor, n: int) -> SubFactors:
     """Factor the blocks of n columns on S's diagonal."""
-    groups = torch.arange(len(S)).reshape(-1, n)
+    groups = torch.arange(len(S), device=S.device).reshape(-1, n)
     parts = S[groups[:, :, None], groups[:, None, :]]
     inside = torch.argsort(torch.diagonal(parts, dim1=1, dim2=2), dim=1, descending=True, stable=True)
     order = groups.gather(1, inside)

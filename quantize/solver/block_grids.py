@@ -28,6 +28,7 @@ from quantize.codecs.base import Codec
 from quantize.codecs.fields import FieldCodec, Fields
 from quantize.codecs.legacy import Q8_0
 from quantize.codecs.native.iq4 import VALUES
+from quantize.solver import gpu
 from quantize.solver.grid import Grid
 
 
@@ -48,9 +49,11 @@ class BlockShape:
     based: bool = False
     uneven: bool = False
 
-    def levels(self) -> torch.Tensor:
-        """Return the levels, f32 (L,), ascending."""
-        return torch.from_numpy(VALUES) if self.uneven else torch.arange(float(self.n_levels))
+    def levels(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return the levels, f32 (L,), ascending, on a device; None: the CPU."""
+        if self.uneven:
+            return torch.from_numpy(VALUES).to(device or "cpu")
+        return torch.arange(float(self.n_levels), device=device or "cpu")
 
 
 SHAPES: Mapping[str, BlockShape] = {
@@ -93,8 +96,9 @@ class BlockScales:
         unit, drop_unit = self.units()
         scale = unit * self.steps
         base = -(drop_unit * self.drops) if self.shape.based else -self.shape.middle * scale
-        group = torch.arange(scale.shape[1] * self.shape.sub) // self.shape.sub
-        return Grid(scale, base, group, self.shape.levels())
+        group = torch.arange(scale.shape[1] * self.shape.sub, device=scale.device) // self.shape.sub
+        levels = self.shape.levels(scale.device)
+        return Grid(scale, base, group, levels, uniform=not self.shape.uneven)
 
 
 def join(parts: list[BlockScales]) -> BlockScales:
@@ -109,6 +113,11 @@ def searched_scales(kind: Codec, W: torch.Tensor, importance: torch.Tensor) -> B
     if not isinstance(kind, FieldCodec):  # Q8_0 alone: its scale needs no search
         largest = W.reshape(n, -1, shape.sub).abs().amax(2)
         return _alone(shape, largest / shape.middle, torch.zeros_like(largest))
+    if gpu.takes(W.device):
+        from quantize.solver.gpu.type_search import search_type
+
+        d, dmin, *integers = search_type(kind.name, shape, W, importance)
+        return BlockScales(shape, _half(d), _half(dmin), *(part.contiguous() for part in integers))
     fields = kind.search(W, importance)
     d = _half(fields.d).reshape(n, -1)
     if shape.steps is None:

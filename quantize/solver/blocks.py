@@ -28,18 +28,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from quantize.codecs.base import Codec
 from quantize.codecs.fields import FieldCodec
-from quantize.codecs.native.arithmetic import Floats
 from quantize.errors import UsageError
 from quantize.products import linear
-from quantize.solver import block_kernels, refit_kernels, search_kernels
+from quantize.solver import block_loops, gpu
 from quantize.solver.block_factor import WIDTH, BlockFactor, BlockStep
 from quantize.solver.block_grids import SHAPES, BlockScales, BlockShape, join, packed, searched_scales
-from quantize.solver.compensate import array
 from quantize.solver.linears import Effort
 from quantize.solver.points import POINT_SHAPES, PointPart, solve_points
 
@@ -57,18 +54,26 @@ def compensated_types() -> tuple[str, ...]:
     return (*SHAPES, *POINT_SHAPES)
 
 
+def compensates_on(kind: Codec, device: torch.device) -> bool:
+    """Return whether `encode_compensated` has loops for a type on a device: on CPUs for all that it writes,
+    on CUDA, with Triton, for all but IQ2 and IQ3."""
+    return kind.name in (SHAPES if gpu.takes(device) else compensated_types() if device.type == "cpu" else ())
+
+
 def encode_compensated(
     kind: Codec, W: torch.Tensor, factor: BlockFactor, effort: Effort = "default"
 ) -> torch.Tensor:
-    """Return the blocks, uint8 (N, row_bytes), of W f32 (N, K) on the CPU, with a small loss under H.
+    """Return the blocks, uint8 (N, row_bytes), of W f32 (N, K) on the factor's device, with a small loss
+    under H.
 
     K is a multiple of the type's block size. Rows may be handed in slices, from several threads, with one
-    factor; a slice of 256 rows or more keeps the matrix products busy. Raises UsageError for a type that is
-    not one of `compensated_types`, an unknown effort, or a matrix that does not fit.
+    factor; a slice of 256 rows or more keeps the matrix products of a CPU busy, a GPU needs thousands. Raises
+    UsageError for a type that is not one of `compensated_types`, or not compensated on the device (see
+    `compensates_on`), an unknown effort, or a matrix that does not fit.
     """
     _check(kind, W, factor, effort)
     if not len(W):
-        return torch.empty(0, kind.row_bytes(W.shape[1]), dtype=torch.uint8)
+        return torch.empty(0, kind.row_bytes(W.shape[1]), dtype=torch.uint8, device=W.device)
     parts = _solve(kind, W.float().contiguous(), factor, effort)
     levels, points = (
         [p for p in parts if isinstance(p, _Part)],
@@ -83,6 +88,9 @@ def _check(kind: Codec, W: torch.Tensor, factor: BlockFactor, effort: str) -> No
     reasons = []
     if kind.name not in compensated_types():
         reasons.append(f"{kind.name}: error-compensated types are {', '.join(compensated_types())}")
+    elif W.device != factor.hessian.device or not compensates_on(kind, W.device):
+        places = f"a matrix on {W.device} and a Hessian on {factor.hessian.device}"
+        reasons.append(f"{kind.name}: not compensated with {places}")
     if effort not in ROUNDS:
         reasons.append(f"effort {effort!r}: known are {', '.join(ROUNDS)}")
     if W.ndim != 2 or W.shape[1] != len(factor.hessian):
@@ -119,17 +127,13 @@ class _Part:
         return self.scales.grid().values(self.codes)
 
     def misses(self, W: torch.Tensor) -> torch.Tensor:
-        out, levels = torch.empty_like(W), array(self.scales.shape.levels())
-        block_kernels.misses(W.numpy(), self.codes.numpy(), *_pair(self.scales), levels, out.numpy())
-        return out
+        return block_loops.misses(W, self.codes, self.scales)
 
     def improve(self, gradient: torch.Tensor, H: torch.Tensor, rounds: int) -> None:
-        levels = _levels(self.scales.shape)
         for k in range(rounds):
             self.scales, moves = refit_blocks(self.codes, self.scales, gradient, H)
             gradient -= linear(moves, H)
-            changed = self.codes.numpy(), moves.numpy()
-            block_kernels.move_block(gradient.numpy(), H.numpy(), *levels, *_pair(self.scales), *changed)
+            self.codes, moves = block_loops.move_codes(gradient, H, self.scales, self.codes)
             if k + 1 < rounds:
                 gradient -= linear(moves, H)
 
@@ -174,11 +178,7 @@ def _solve_block(kind: Codec, goal: torch.Tensor, factor: BlockFactor, step: Blo
 
 def _round(goal: torch.Tensor, scales: BlockScales, step: BlockStep) -> _Part:
     """Round a block's columns, each error handed on inside the block."""
-    codes = torch.empty(goal.shape, dtype=torch.uint8)
-    order, feedback, _ = step.local
-    levels, pair = _levels(scales.shape), _pair(scales)
-    block_kernels.round_block(goal.numpy(), order.numpy(), feedback.numpy(), *levels, *pair, codes.numpy())
-    return _Part(codes, scales)
+    return _Part(block_loops.round_codes(goal, step.local, scales), scales)
 
 
 def _sweep(W: torch.Tensor, parts: Sequence[Part], H: torch.Tensor) -> None:
@@ -201,13 +201,7 @@ def refit_blocks(
 
     `gradient`, f32 (N, w), is (W - Ŵ) H with H f32 (w, w). d and dmin stay where integers stand beside them.
     """
-    shape, fields = scales.shape, _fields(scales)
-    moves = torch.empty_like(gradient)
-    levels = array(shape.levels() - shape.middle)
-    outputs = fields.numpy(), moves.numpy()
-    refit_kernels.refit_block(
-        array(gradient), codes.numpy(), array(H), levels, shape.based, _limits(shape), *outputs
-    )
+    fields, moves = block_loops.refit(gradient, codes, H, scales.shape, _fields(scales))
     return _changed(scales, fields), moves
 
 
@@ -218,31 +212,17 @@ def search_beside(goal: torch.Tensor, scales: BlockScales, step: BlockStep, trie
     quantize/solver/scales.py judges groups, on `tries` grids, the first of which is the one it has: 19 at the
     most where there are minima, else 7.
     """
-    shape, fields = scales.shape, _fields(scales)
-    order, feedback, weights = step.subs[shape.sub]
-    beside = _beside(shape, tries)
-    middle, limits = np.float32(shape.middle), _limits(shape)
-    factors = order.numpy(), feedback.numpy(), weights.numpy()
-    outputs = beside, fields.numpy()
-    search_kernels.search_block(
-        goal.numpy(), *factors, *_levels(shape), middle, shape.based, limits, *outputs
-    )
-    return _changed(scales, fields)
+    shape = scales.shape
+    factors, beside = step.subs[shape.sub], _beside(shape, tries)
+    return _changed(scales, block_loops.search(goal, factors, shape, beside, _fields(scales)))
 
 
-def _levels(shape: BlockShape) -> tuple[Floats, Floats]:
-    """Return the levels and, of uneven ones, the middles between them."""
-    levels = shape.levels()
-    middles = (levels[1:] + levels[:-1]) / 2 if shape.uneven else levels[:0]
-    return array(levels), array(middles)
-
-
-def _beside(shape: BlockShape, tries: int) -> Floats:
-    """Return what each try adds to step and drop, f32 (C, 2): the likeliest first, after nothing."""
+def _beside(shape: BlockShape, tries: int) -> list[tuple[int, int]]:
+    """Return what each try adds to step and drop: the likeliest first, after nothing."""
     unit = max(1, (shape.steps or (0, 0))[1] // 31)
     ways = _WAYS if shape.based else _WAYS_OF_STEPS
     found = [(0, 0)] + [(far * unit * x, far * unit * y) for far in (1, 2, 3) for x, y in ways]
-    return np.array(found[:tries], np.float32)
+    return found[:tries]
 
 
 def _fields(scales: BlockScales) -> torch.Tensor:
@@ -251,18 +231,8 @@ def _fields(scales: BlockScales) -> torch.Tensor:
     return torch.stack([*scales.units(), scales.steps, scales.drops, grid.scale, grid.base])
 
 
-def _limits(shape: BlockShape) -> Floats:
-    low, high = shape.steps or (1, 1)
-    return np.array([low, high, shape.drop, shape.steps is None], np.float32)
-
-
 def _changed(scales: BlockScales, fields: torch.Tensor) -> BlockScales:
+    """Return scales with other steps, drops, scales and bases, f32 (4, N, G)."""
     if scales.shape.steps is None:
-        return replace(scales, d=fields[4], dmin=-fields[5] if scales.shape.based else scales.dmin)
-    return replace(scales, steps=fields[2], drops=fields[3])
-
-
-def _pair(scales: BlockScales) -> tuple[Floats, Floats]:
-    """Return scale and base of each sub-block, f32 (N, G)."""
-    grid = scales.grid()
-    return array(grid.scale), array(grid.base)
+        return replace(scales, d=fields[2], dmin=-fields[3] if scales.shape.based else scales.dmin)
+    return replace(scales, steps=fields[0], drops=fields[1])

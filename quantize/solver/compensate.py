@@ -4,7 +4,8 @@ Within a block of columns errors are handed on one by one; to all later blocks, 
 split changes nothing but the order of the sums. Scales never depend on it: the grid is given, or, in
 quantize/solver/scales.py, chosen from weights that hold all errors of earlier groups.
 
-On the CPU the loop over a block's columns is compiled (quantize/solver/kernels.py), elsewhere it is torch's.
+The loop over a block's columns is compiled, on the CPU (quantize/solver/kernels.py) and on a GPU with Triton
+(quantize/solver/gpu); elsewhere it is torch's, which starts many short operations for every column.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from quantize.codecs.native.arithmetic import Floats
 from quantize.products import linear
-from quantize.solver import kernels
+from quantize.solver import gpu, kernels
 from quantize.solver.factor import Factor
 from quantize.solver.grid import Columns, Grid, is_uniform, nearest_codes
 
@@ -73,6 +74,10 @@ def round_block(
 
     `target`, f32 (N, B), is where the columns should go before the block's own feedback, f32 (B, B).
     """
+    if gpu.takes(W.device):
+        from quantize.solver.gpu.columns import round_columns
+
+        return round_columns(W, target, feedback, grid)
     if W.device.type != "cpu":
         return _round_block(W, target, feedback, grid)
     codes, errors = np.empty(W.shape, np.uint8), np.empty(W.shape, np.float32)

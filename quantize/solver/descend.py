@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from quantize.products import linear
-from quantize.solver import kernels
+from quantize.solver import gpu, kernels
 from quantize.solver.compensate import BLOCK, array, grid_arrays
 from quantize.solver.grid import Columns, Grid, nearest_codes
 
@@ -145,6 +145,10 @@ def move_block(
     gradient: torch.Tensor, H: torch.Tensor, grid: Grid, codes: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a block's codes after each was moved to its best, and what that added to Ŵ."""
+    if gpu.takes(gradient.device):
+        from quantize.solver.gpu.columns import move_columns
+
+        return move_columns(gradient, H, grid, codes)
     if gradient.device.type != "cpu":
         return _move_columns(gradient, H, grid, codes)
     moved, moves = codes.contiguous().numpy().copy(), np.empty(gradient.shape, np.float32)

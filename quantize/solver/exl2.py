@@ -76,7 +76,7 @@ class Steps:
         some = slice(first, last + 1)
         scale = step_sizes(self.scales[:, some], self.stored_maxima()[some])
         levels = torch.arange(2**bits, dtype=torch.float32, device=scale.device)
-        return Grid(scale, -scale * 2 ** (bits - 1), of - first, levels)
+        return Grid(scale, -scale * 2 ** (bits - 1), of - first, levels, uniform=True)
 
     def levels(self, codes: torch.Tensor) -> torch.Tensor:
         """Return codes - 2^(bits - 1), f32 (N, K)."""

@@ -129,7 +129,7 @@ def group_grid(group: Group, sizes: torch.Tensor) -> Grid:
     scale = sizes[:, None]
     levels = torch.arange(2**group.bits, dtype=torch.float32, device=scale.device)
     of = torch.zeros(group.size, dtype=torch.int64, device=scale.device)
-    return Grid(scale, -scale * 2 ** (group.bits - 1), of, levels)
+    return Grid(scale, -scale * 2 ** (group.bits - 1), of, levels, uniform=True)
 
 
 @dataclass(frozen=True)

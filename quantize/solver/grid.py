@@ -27,13 +27,15 @@ class Grid:
     """Values scale[n, g] * levels[code] + base[n, g] for row n and the group g = group[k] of column k.
 
     `scale` and `base` are f32 (N, G), `group` int64 (K,), `levels` f32 (L,) ascending, L <= 256. A scale of
-    zero leaves only the base; codes are then 0.
+    zero leaves only the base; codes are then 0. `uniform` says whether the levels are 0, 1, 2, ...; None: it
+    is not known, and a GPU has to be waited for to see it.
     """
 
     scale: torch.Tensor
     base: torch.Tensor
     group: torch.Tensor
     levels: torch.Tensor
+    uniform: bool | None = None
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the weights, f32 (N, K), of codes uint8 (N, K)."""
@@ -45,13 +47,13 @@ class Grid:
 
     def columns(self, places: torch.Tensor) -> "Grid":
         """Return the grid of the columns `places`, int64 (k,)."""
-        return Grid(self.scale, self.base, self.group[places], self.levels)
+        return Grid(self.scale, self.base, self.group[places], self.levels, self.uniform)
 
 
 def affine_grid(scale: torch.Tensor, zero: torch.Tensor, group: torch.Tensor, bits: int) -> Grid:
     """Return the grid of scale * (code - zero), codes 0..2^bits - 1; scale and zero are (N, G)."""
     levels = torch.arange(2**bits, dtype=torch.float32, device=scale.device)
-    return Grid(scale.float(), -scale.float() * zero.float(), group, levels)
+    return Grid(scale.float(), -scale.float() * zero.float(), group, levels, uniform=True)
 
 
 def is_uniform(levels: torch.Tensor) -> bool:

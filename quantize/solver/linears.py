@@ -102,8 +102,7 @@ def prepare_input(H: torch.Tensor, settings: Settings, name: str = "") -> Input:
     order: Order = "activation" if settings.desc_act else settings.order
     factor = prepare(H, damp=settings.damp, order=order, group_size=settings.group_size, name=name)
     along = column_order(H.diagonal().clamp(min=0), "activation") if settings.desc_act else None
-    group = group_index(len(H), settings.group_size, along).to(H.device)
-    return Input(factor, group, settings)
+    return Input(factor, group_index(len(H), settings.group_size, along, H.device), settings)
 
 
 def quantize_rows(W: torch.Tensor, shared: Input) -> QuantizedLinear:

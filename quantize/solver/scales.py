@@ -13,6 +13,7 @@ block of H (`search_scales`).
 import numpy as np
 import torch
 
+from quantize.products import linear
 from quantize.solver import kernels
 from quantize.solver.compensate import BLOCK, Walk, array, round_block
 from quantize.solver.factor import Factor, prepare
@@ -25,13 +26,19 @@ RUNGS = (1.0, 0.975, 1.025, 0.9875, 1.0125)
 _TINY = 2.0**-24  # the smallest number above zero in half precision
 
 
-def group_index(n_columns: int, group_size: int, order: torch.Tensor | None = None) -> torch.Tensor:
+def group_index(
+    n_columns: int,
+    group_size: int,
+    order: torch.Tensor | None = None,
+    device: torch.device | None = None,
+) -> torch.Tensor:
     """Return g_idx, int64 (K,): the group of each column, counted along the columns or along an order.
 
-    `group_size` 0 makes one group; the last group may be shorter.
+    `group_size` 0 makes one group; the last group may be shorter. It lies on `device`, None: the CPU, or
+    where the order is.
     """
     size = group_size or n_columns
-    groups = torch.arange(n_columns, device=None if order is None else order.device) // size
+    groups = torch.arange(n_columns, device=(device or "cpu") if order is None else order.device) // size
     if order is None:
         return groups
     by_column = torch.empty_like(groups)
@@ -194,13 +201,19 @@ def _losses(
     zero: torch.Tensor,
     bits: int,
 ) -> torch.Tensor:
-    """Return each candidate's loss in each row, f32 (C, N), with torch alone: all as rows of one block."""
-    count, n = scale.shape
+    """Return each candidate's loss in each row, f32 (C, N): all of them are rows of one matrix."""
+    (count, n), k = scale.shape, target.shape[1]
     rows = target.repeat(count, 1)
-    one_group = torch.zeros(target.shape[1], dtype=torch.int64, device=target.device)
-    grid = affine_grid(scale.reshape(-1, 1), zero.reshape(-1, 1), one_group, bits)
-    _, errors = round_block(rows, rows, feedback, grid)
-    misses = errors @ feedback
+    goal, errors = rows.clone(), torch.empty_like(rows)
+    for start in range(0, k, BLOCK):
+        end = min(start + BLOCK, k)
+        one_group = torch.zeros(end - start, dtype=torch.int64, device=target.device)
+        grid = affine_grid(scale.reshape(-1, 1), zero.reshape(-1, 1), one_group, bits)
+        inside = feedback[start:end, start:end]
+        _, errors[:, start:end] = round_block(rows[:, start:end], goal[:, start:end], inside, grid)
+        if end < k:
+            goal[:, end:] += linear(errors[:, start:end], feedback[start:end, end:].T.contiguous())
+    misses = linear(errors, feedback.T.contiguous())
     return (misses.square() * weights).sum(1).reshape(count, n)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,19 @@ from converters.imatrix import Importances
 from converters.memory import memory_needs
 from converters.pipeline import convert, plan_exports
 from converters.plan import ConvertOptions, Request
+from converters.stats.prepare import CalibrateOptions
+from converters.stats.run import calibrate_checkpoint
 from converters.targets import gguf as target
+from converters.targets import gguf_types
 from quantize.codecs import CODECS, fields
 from quantize.codecs.encoder import Encoder
 from quantize.codecs.fields import FieldCodec
+from quantize.solver import blocks
 from tests.conftest import MakeCheckpoint
+from tests.converters.test_gptq_target import Row
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+GPUS = (torch.device("cuda", 0), torch.device("cuda", 1))
 QUANTS = ["F16", "Q8_0", "Q4_K_M", "Q3_K_M", "Q5_1"]
 
 
@@ -32,6 +39,16 @@ def checkpoint(make_checkpoint: MakeCheckpoint) -> Checkpoint:
 
 def _play_two_gpus(monkeypatch: pytest.MonkeyPatch) -> Counter[torch.device]:
     """Let the CPU pass for two GPUs: what moves there is counted, and no compiled search reaches it."""
+    moves = _count_moves(monkeypatch)
+    monkeypatch.setattr(fields, "on_cpu", lambda _: False)
+    for kind in CODECS.values():
+        if isinstance(kind, FieldCodec) and kind.gains_from_gpu:
+            monkeypatch.setattr(type(kind), "search", _never)
+    return moves
+
+
+def _count_moves(monkeypatch: pytest.MonkeyPatch) -> Counter[torch.device]:
+    """Count what would move to a GPU, and leave it where it is."""
     moves: Counter[torch.device] = Counter()
     real_to = torch.Tensor.to
 
@@ -39,15 +56,12 @@ def _play_two_gpus(monkeypatch: pytest.MonkeyPatch) -> Counter[torch.device]:
         if args and isinstance(args[0], torch.device) and args[0].type == "cuda":
             moves[args[0]] += 1
             return rows
+        if args and args[0] == "cuda":  # the weights that rows' first tokens are pushed through
+            return rows
         return real_to(rows, *args, **named)  # type: ignore[call-overload, no-any-return]
 
-    gpus = (torch.device("cuda", 0), torch.device("cuda", 1))
     monkeypatch.setattr(torch.Tensor, "to", to)
-    monkeypatch.setattr(target, "encoding_gpus", lambda name: gpus if name == "cuda" else ())
-    monkeypatch.setattr(fields, "on_cpu", lambda _: False)
-    for kind in CODECS.values():
-        if isinstance(kind, FieldCodec) and kind.gains_from_gpu:
-            monkeypatch.setattr(type(kind), "search", _never)
+    monkeypatch.setattr(target, "encoding_gpus", lambda name: GPUS if name == "cuda" else ())
     return moves
 
 
@@ -121,6 +135,41 @@ def _measuring(sizes: list[int]) -> Callable[..., torch.Tensor]:
         return torch.zeros(len(rows), kind.row_bytes(rows.shape[1]), dtype=torch.uint8)
 
     return encode
+
+
+def test_errors_are_compensated_on_the_gpus(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two GPUs, played by a CPU, take slices in turn, each with factors of its own; IQ2 stays where it is."""
+    rows = [Row(torch.arange(n) % checkpoint.config.vocab_size) for n in (90, 150)]
+    archive = calibrate_checkpoint(checkpoint, rows, {"name": "made"}, CalibrateOptions(tmp_path / "stats"))
+    options = ConvertOptions(
+        tmp_path / "cpu",
+        archive=archive,
+        compensate=True,
+        importances=archive.importances(),
+        tensor_types=(("ffn_down", "IQ2_XS"),),
+        force=True,
+    )
+    requests = [Request("gguf", "Q4_K_M")]
+    (here,) = convert(checkpoint, requests, options)
+    moves = _count_moves(monkeypatch)
+    for module in (target, gguf_types):
+        monkeypatch.setattr(module, "compensates_on", lambda kind, _: not kind.name.startswith("IQ"))
+    monkeypatch.setattr(blocks, "compensates_on", lambda *_: True)
+    (there,) = convert(checkpoint, requests, replace(options, folder=tmp_path / "cuda", device="cuda"))
+    assert _hashes(tmp_path / "cpu") == _hashes(tmp_path / "cuda")
+    assert [note for note in there.plan.notes if "IQ2_XS (2 tensors)" in note]
+    kinds = Counter(tensor.quant.startswith("IQ") for tensor in there.plan.tensors if tensor.compensated)
+    # Each slice, and once for each input and GPU its Hessian; what is not compensated moves too.
+    assert set(moves) == set(GPUS)
+    assert moves.total() >= kinds[False]
+    # Another kind of device: near-ties may differ, so nothing but what stayed on the CPU is taken over.
+    (again,) = convert(checkpoint, requests, options)
+    (other,) = convert(checkpoint, requests, replace(options, device="cuda"))
+    assert here.n_reused == 0
+    assert again.n_tensors_reused == sum(kinds.values())
+    assert other.n_tensors_reused == kinds[True]
 
 
 def test_what_no_gpu_encodes_is_said(checkpoint: Checkpoint, tmp_path: Path) -> None:

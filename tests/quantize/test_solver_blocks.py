@@ -11,15 +11,21 @@ import torch
 
 from quantize.codecs import codec
 from quantize.errors import HessianError, UsageError
-from quantize.solver import block_kernels, blocks
+from quantize.solver import block_kernels, blocks, gpu
 from quantize.solver.block_factor import BlockFactor, prepare_blocks
 from quantize.solver.block_grids import SHAPES, packed, searched_scales
-from quantize.solver.blocks import compensated_types, encode_compensated, refit_blocks, search_beside
+from quantize.solver.blocks import (
+    compensated_types,
+    compensates_on,
+    encode_compensated,
+    refit_blocks,
+    search_beside,
+)
 from quantize.solver.compensate import compensate
 from quantize.solver.descend import descend, loss
 from quantize.solver.factor import prepare
 from quantize.solver.grid import Grid, affine_grid
-from quantize.solver.linears import Effort
+from quantize.solver.linears import Effort, Settings, prepare_input
 from quantize.solver.scales import plain_scales
 
 EFFORTS: tuple[Effort, ...] = get_args(Effort)
@@ -70,6 +76,17 @@ def test_the_walk_is_the_hessian(case: tuple[torch.Tensor, torch.Tensor, BlockFa
             product = feedback[g].T * weights[g] @ feedback[g]
             part = factor.steps[1].hessian[places[g]][:, places[g]]
             torch.testing.assert_close(product, part, rtol=1e-4, atol=1e-5)
+
+
+def test_a_factor_lies_where_its_hessian_does() -> None:
+    """What is made without a device would come to lie on another one, and mixing them is an error."""
+    _, H = problem(1, 544)
+    with torch.device("meta"):
+        factor, shared = prepare_blocks(H), prepare_input(H, Settings(4, 32))
+    parts = [shared.group, factor.hessian, factor.importance]
+    for step in factor.steps:
+        parts += [step.hessian, step.feedback, *step.local, *step.subs[16], *step.subs[32]]
+    assert {part.device.type for part in parts} == {"cpu"}
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
@@ -276,6 +293,14 @@ def test_a_last_block_may_be_shorter(name: str) -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+def test_which_types_a_gpu_compensates(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for has_triton, types in ((True, set(LEVELS)), (False, set())):
+        monkeypatch.setattr(gpu, "available", lambda has_triton=has_triton: has_triton)
+        assert {name for name in TYPES if compensates_on(codec(name), cuda)} == types
+        assert all(compensates_on(codec(name), cpu) for name in TYPES)
+
+
 def test_what_does_not_fit_is_an_error() -> None:
     W, H = problem(4, 288)
     factor = prepare_blocks(H)
@@ -289,6 +314,10 @@ def test_what_does_not_fit_is_an_error() -> None:
     with pytest.raises(UsageError) as caught:
         encode_compensated(codec("Q4_0"), W[:, :256], factor)
     assert caught.value.reasons == ("a matrix (4, 256) for a Hessian (288, 288)",)
+    with pytest.raises(UsageError) as caught:
+        elsewhere = replace(factor, hessian=factor.hessian.to("meta"))
+        encode_compensated(codec("Q4_0"), W, elsewhere)
+    assert caught.value.reasons == ("Q4_0: not compensated with a matrix on cpu and a Hessian on meta",)
     with pytest.raises(UsageError, match=r"layer 3.*40 columns"):
         prepare_blocks(torch.eye(40), name="layer 3")
     with pytest.raises(HessianError, match="negative"):
