@@ -45,7 +45,7 @@ class Hessians(Generic[Settings, Prepared]):
         """
         check_hessians(archive)
         self.archive, self.device, self._prepare, self._first = archive, device, prepare, first
-        self._made: OrderedDict[tuple[str, Settings], Future[Prepared]] = OrderedDict()
+        self._made: OrderedDict[tuple[str, str, Settings], Future[Prepared]] = OrderedDict()
         self._lock, self._log = Lock(), list[str]()
 
     @property
@@ -53,28 +53,28 @@ class Hessians(Generic[Settings, Prepared]):
         """What went otherwise than planned: a damping that had to be raised."""
         return tuple(self._log)
 
-    def prepared(self, name: str, settings: Settings) -> Prepared:
+    def prepared(self, name: str, settings: Settings, device: str | None = None) -> Prepared:
         """Return what is shared by the matrices of an input, by the checkpoint's name of one of them.
 
-        Raises HessianError where H cannot be factored, ArchiveError.
-
-        Whoever asks first makes it, and the others wait.
+        On another `device` than that of all others, if one is named. Whoever asks first makes it, and the
+        others wait. Raises HessianError where H cannot be factored, ArchiveError.
         """
-        key = (self.archive.identity(name), settings)
+        device = device or self.device
+        key = (self.archive.identity(name), device, settings)
         with self._lock:
             found = self._made.get(key)
             made = self._made.setdefault(key, Future())
-            while len({identity for identity, _ in self._made}) > _KEPT:
+            while len({identity for identity, *_ in self._made}) > _KEPT:
                 self._made.popitem(last=False)
         if found is None:
             try:
-                made.set_result(self._make(name, settings))
+                made.set_result(self._make(name, settings, device))
             except BaseException as error:
                 made.set_exception(error)
         return made.result()
 
-    def _make(self, name: str, settings: Settings) -> Prepared:
-        H, damp_scale = hessian(self.archive, name, self.device, self._first)
+    def _make(self, name: str, settings: Settings, device: str) -> Prepared:
+        H, damp_scale = hessian(self.archive, name, device, self._first)
         made, log = self._prepare(H, damp_scale, settings, name)
         self._log += log
         return made

@@ -209,7 +209,7 @@ class GgufWriter:
         if self._hessians is not None and tensor.compensated:
             kind = codec(tensor.quant)
             with self._encoder.place(kind, gains=self._gains(kind)) as device:
-                factor = self._hessians.prepared(name, device)
+                factor = self._hessians.prepared(name, None, str(device))
                 blocks = encode_compensated(kind, ordered.to(device).float(), factor, self._effort).cpu()
             return blocks.numpy().data.cast("B")
         # Importances are of columns, which keep their order.
@@ -255,16 +255,16 @@ class _Layout:
         return head_bytes(writer, entries)
 
 
-def _hessians(options: ConvertOptions) -> Hessians[torch.device, BlockFactor]:
+def _hessians(options: ConvertOptions) -> Hessians[None, BlockFactor]:
     if options.archive is None:
         raise AssertionError("the plan compensates without an archive")
     return Hessians(options.archive, _prepared, first=options.first_tokens)
 
 
 def _prepared(
-    H: torch.Tensor, damp_scale: float, device: torch.device, name: str
+    H: torch.Tensor, damp_scale: float, _settings: None, name: str
 ) -> tuple[BlockFactor, tuple[str, ...]]:
-    factor = prepare_blocks(H.to(device), damp=DAMP * damp_scale, name=name)
+    factor = prepare_blocks(H, damp=DAMP * damp_scale, name=name)
     return factor, factor.log
 
 
