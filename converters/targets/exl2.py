@@ -148,11 +148,12 @@ class Exl2Writer(SolvedFolder[float, tuple[torch.Tensor, Factor]]):
         found = self._reuse(name, file, key, places)
         if found is not None:
             return found
-        H, factor = self._hessians.prepared(name, DAMP)
-        result = quantize_matrix(rows.to(self._hessians.device), H, factor, groups, self._effort)
+        with self._solving(name):
+            H, factor = self._hessians.prepared(name, DAMP)
+            result = quantize_matrix(rows.to(self._hessians.device), H, factor, groups, self._effort)
+            stored = encode(result.linear)
         with self._lock:
             self._errors[name] = result.error
-        stored = encode(result.linear)
         packed = b"".join(getattr(stored, part).numpy().tobytes() for part in PARTS)
         return file.write(key, places, memoryview(packed))
 

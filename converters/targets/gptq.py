@@ -118,10 +118,12 @@ class GptqWriter(SolvedFolder[Settings, Input]):
         found = self._reuse(name, file, key, places)
         if found is not None:
             return found
-        shared = self._hessians.prepared(name, settings)
-        result = quantize_rows(rows.to(self._hessians.device), shared)
+        with self._solving(name):
+            shared = self._hessians.prepared(name, settings)
+            result = quantize_rows(rows.to(self._hessians.device), shared)
+            packed = _packed(result, spec, with_index=first_row == 0)
         self._note(name, result)
-        return file.write(key, places, memoryview(_packed(result, spec, with_index=first_row == 0)))
+        return file.write(key, places, memoryview(packed))
 
     def _note(self, name: str, result: QuantizedLinear) -> None:
         with self._lock:

@@ -5,8 +5,9 @@ has it. What an earlier run made of the same rows, under the same key, is taken 
 """
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
-from threading import Lock
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from threading import BoundedSemaphore, Lock
 from typing import Generic, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from converters.hessians import Hessians
 from converters.journal import JournaledFile
 from converters.places import Piece, Place
 from converters.plan import ConvertOptions, Plan, TensorPlan
+from quantize.codecs.encoder import SLICES_PER_DEVICE, failures_explained
 
 Settings = TypeVar("Settings", bound=Hashable)
 Prepared = TypeVar("Prepared")
@@ -30,6 +32,7 @@ class SolvedFolder(Generic[Settings, Prepared]):
         self._plan, self._hashed, self._effort = plan, options.hash_tensors, options.effort
         self._hessians, self._lock = hessians, Lock()
         self._reused = Counter[str]()
+        self._room = BoundedSemaphore(SLICES_PER_DEVICE if options.on_gpu else options.n_threads)
         self._donors = None if options.fresh else Donors(options.folder)
         self._folder = ExportFolder(plan, options)
 
@@ -52,6 +55,12 @@ class SolvedFolder(Generic[Settings, Prepared]):
     def _shares(self) -> Mapping[str, float]:
         """Return the share of its output's energy that each linear lost that this run rounded."""
         raise NotImplementedError
+
+    @contextmanager
+    def _solving(self, name: str) -> Iterator[None]:
+        """Keep room where a linear is solved; raises DscqError where a GPU has too little, or fails."""
+        with self._room, failures_explained(self._hessians.device, f"round {name}"):
+            yield
 
     def _put_float(self, tensor: TensorPlan, first_row: int, rows: torch.Tensor) -> Piece:
         """Write rows (n, K) in half precision."""

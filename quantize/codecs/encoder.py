@@ -17,8 +17,8 @@ from quantize.codecs.base import Codec
 from quantize.errors import DscqError, UsageError
 from quantize.reference import usable_device
 
-# On each device: while one slice is searched, the next one travels. More would only take memory.
-_SLICES_PER_DEVICE = 2
+SLICES_PER_DEVICE = 2
+"""On each GPU: while one slice is worked on, the next one travels. More would only take memory."""
 
 
 def encoding_gpus(name: str) -> tuple[torch.device, ...]:
@@ -40,7 +40,7 @@ class Encoder:
 
     def __init__(self, gpus: tuple[torch.device, ...] = ()) -> None:
         """Take the GPUs that `encoding_gpus` returned; without any, all is encoded on the CPU."""
-        places = [(gpu, BoundedSemaphore(_SLICES_PER_DEVICE)) for gpu in gpus]
+        places = [(gpu, BoundedSemaphore(SLICES_PER_DEVICE)) for gpu in gpus]
         # `next` of a cycle is one step of the interpreter: threads need no lock.
         self._places = cycle(places) if gpus else None
 
@@ -65,12 +65,18 @@ class Encoder:
             yield torch.device("cpu")
             return
         device, room = next(self._places)
-        with room:
-            try:
-                yield device
-            except torch.OutOfMemoryError as error:
-                hint = "free memory of the GPU, or use --device cpu"
-                raise DscqError(f"{device}: too little memory to encode {kind.name}", hint=hint) from error
-            except torch.AcceleratorError as error:
-                cause = str(error).splitlines()[0]
-                raise DscqError(f"device {device} failed: {cause}", hint="use --device cpu") from error
+        with room, failures_explained(device, f"encode {kind.name}"):
+            yield device
+
+
+@contextmanager
+def failures_explained(device: torch.device | str, purpose: str) -> Iterator[None]:
+    """Raise DscqError in place of what torch does where a GPU has too little memory, or fails."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        hint = "free memory of the GPU, or use --device cpu"
+        raise DscqError(f"{device}: too little memory to {purpose}", hint=hint) from error
+    except torch.AcceleratorError as error:
+        cause = str(error).splitlines()[0]
+        raise DscqError(f"device {device} failed: {cause}", hint="use --device cpu") from error

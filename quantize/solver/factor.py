@@ -11,6 +11,7 @@ third of the arithmetic of GPTQ's three steps, and f32 is enough for it.
 """
 
 from dataclasses import dataclass
+from threading import Lock
 from typing import Literal, get_args
 
 import torch
@@ -22,6 +23,7 @@ Order = Literal["natural", "activation", "group"]
 each group, groups by their largest (GPTQModel's group-aware reordering). Scales stay with their columns."""
 
 _RAISE, _RAISES = 0.01, 10
+_LOADING, _loaded = Lock(), list[torch.device]()
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ def prepare(
     H is not finite or cannot be factored even so, UsageError for a wrong setting. `name` is for messages.
     """
     _check(H, damp, order, group_size, name)
+    if H.device.type != "cpu":
+        _load_linalg(H.device)
     diagonal = H.diagonal()
     dead = diagonal == 0
     mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones((), device=H.device)
@@ -109,6 +113,14 @@ def _factor(
         reasons=log,
         hint="calibrate with more tokens, or with a larger damping",
     )
+
+
+def _load_linalg(device: torch.device) -> None:
+    """Have torch load its linear algebra for GPUs, which fails if two threads ask for it at once."""
+    with _LOADING:
+        if not _loaded:
+            torch.linalg.cholesky_ex(torch.eye(1, device=device))
+            _loaded.append(device)
 
 
 def _root(H: torch.Tensor) -> torch.Tensor | None:

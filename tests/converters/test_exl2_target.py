@@ -73,7 +73,7 @@ def test_an_output_matrix_that_takes_long_stops_nobody(model: Model) -> None:
     done: list[str] = []
     export, options = stream.Export(plan, Slow()), model.options(Path(), n_threads=2)  # type: ignore[arg-type]
     pieces = stream.stream(model.checkpoint.weights, [export], options, lambda each: done.append(each.name))
-    assert began[0] == done[0] == HEAD
+    assert HEAD in began[:2] and done[0] == HEAD  # of two threads the second may be the quicker
     assert sorted(done) == sorted(plan.by_name) and all(len(each) == 1 for each in pieces[0].values())
 
 
