@@ -107,13 +107,13 @@ def join(parts: list[BlockScales]) -> BlockScales:
     return BlockScales(parts[0].shape, *(torch.cat(field, 1) for field in fields))
 
 
-def searched_scales(kind: Codec, W: torch.Tensor, importance: torch.Tensor) -> BlockScales:
-    """Return the scales that the type's own importance-weighted search finds for W, f32 (N, K)."""
+def searched_scales(kind: Codec, W: torch.Tensor, importance: torch.Tensor | None) -> BlockScales:
+    """Return the scales that the type's own search finds for W, f32 (N, K), weighed by importances (K,)."""
     shape, n = SHAPES[kind.name], len(W)
     if not isinstance(kind, FieldCodec):  # Q8_0 alone: its scale needs no search
         largest = W.reshape(n, -1, shape.sub).abs().amax(2)
         return _alone(shape, largest / shape.middle, torch.zeros_like(largest))
-    if gpu.takes(W.device):
+    if gpu.takes(W.device) and importance is not None:
         from quantize.solver.gpu.type_search import search_type
 
         d, dmin, *integers = search_type(kind.name, shape, W, importance)
