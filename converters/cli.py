@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import get_completion_class
 
-from converters import calibration, commands, planning
+from converters import calibration, commands, planning, tune_command
 from converters.options import (
     EXISTING,
     EXISTING_FILE,
@@ -77,6 +77,14 @@ def dscq() -> None:
 @click.option("--force", is_flag=True, help="Overwrite existing files.")
 @click.option("--fresh", is_flag=True, help="Make every tensor anew, whatever earlier runs left.")
 @click.option("--no-proof", is_flag=True, help="Write only; prove nothing.")
+@click.option(
+    "--tune",
+    type=click.IntRange(min=1),
+    is_flag=False,
+    flag_value=64,
+    metavar="[STEPS]",
+    help="GGUF: train the scales too, as dscq tune does; 64 steps, or STEPS.",
+)
 @TYPE_OPTIONS
 @PIN_OPTIONS
 @RUNTIME_OPTIONS
@@ -240,7 +248,7 @@ def tune(quiet: bool, as_json: bool, **chosen: Any) -> None:
       dscq tune out/model-Q2_K.gguf --reference ./model --stats stats/ -o out/model-Q2_K-tuned.gguf
       dscq tune from-elsewhere.gguf --reference ./model --stats stats/ -o better.gguf --steps 128
     """
-    commands.tune(Terminal(quiet, as_json), commands.TuneChoices(**chosen))
+    tune_command.tune(Terminal(quiet, as_json), tune_command.TuneChoices(**chosen))
 
 
 @dscq.command()

@@ -41,6 +41,7 @@ class ConvertChoices(SourceChoices):
     force: bool
     fresh: bool
     no_proof: bool
+    tune: int | None
     imatrix: Path | None
     stats: Path | None
     calibrate: bool
@@ -69,19 +70,6 @@ class VerifyChoices(SourceChoices):
     report: Path | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class TuneChoices(SourceChoices):
-    """The options of `dscq tune`."""
-
-    file: Path
-    reference: str
-    stats: Path
-    output: Path
-    steps: int
-    force: bool
-    no_proof: bool
-
-
 def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     """Open, plan, write, prove; or, with `--dry-run`, open and plan."""
     from converters.contradictions import refuse_contradictions
@@ -89,6 +77,7 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     from converters.pipeline import plan_exports
     from converters.planning import with_losses
     from converters.targets.gguf_budget import is_budget
+    from converters.tune_command import check_tuning, trained
 
     requests = _requests(choices)
     refuse_contradictions(choices, requests)
@@ -116,12 +105,16 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
         plans = plan_exports(checkpoint, requests, options)
     for plan in plans:
         _say_plan(terminal, plan)
+    if choices.tune is not None:
+        check_tuning(terminal, plans)
     if choices.dry_run:
         from converters.dry_run import show_dry_run
 
         show_dry_run(terminal, checkpoint, plans, options)
         return
     written = _write(terminal, checkpoint, plans, options)
+    if choices.tune is not None:
+        written = [trained(terminal, checkpoint, one, options, choices.tune) for one in written]
     if verifier is not None:
         prove_written(terminal, verifier, written)
         return
@@ -186,41 +179,6 @@ def verify(terminal: Terminal, choices: VerifyChoices) -> None:
     kind = written_kind(choices.file)
     verifier = ready_verifier(opened(terminal, choices, choices.reference), choices, [kind])
     prove_file(terminal, verifier, choices.file, report)
-
-
-def tune(terminal: Terminal, choices: TuneChoices) -> None:
-    """Train a file's scales, write the result, prove it."""
-    from converters.proof.file import GGUF
-    from converters.prove import check_report_place, prove_file, ready_verifier
-    from converters.stats.archive import open_archive
-    from converters.tune import check_output, tune_file
-    from converters.verify import torch_threads
-    from quantize.tuning import Settings
-
-    check_output(choices.file, choices.output, force=choices.force)
-    report = check_report_place(choices.output, None)
-    checkpoint, archive = opened(terminal, choices, choices.reference), open_archive(choices.stats)
-    verifier = None if choices.no_proof else ready_verifier(checkpoint, choices, [GGUF])
-    with terminal.stages("steps") as progress, torch_threads(choices.n_threads):
-        found = tune_file(
-            choices.file,
-            checkpoint,
-            archive,
-            choices.output,
-            Settings(n_steps=choices.steps),
-            choices.device or "cpu",
-            force=choices.force,
-            on_step=lambda done, total, kl: progress("tune", done, total),
-        )
-    terminal.result(
-        f"wrote {found.path} ({found.path.stat().st_size:,} bytes): scales of {found.n_matrices} matrices "
-        f"trained, KL of the rows trained on {found.before:.4g} at first, {found.after:.4g} at last"
-    )
-    if verifier is not None:
-        prove_file(terminal, verifier, choices.output, report)
-        return
-    figures = {"before": found.before, "after": found.after}
-    terminal.document({"file": str(found.path), "kl": figures, "proof": "skipped by --no-proof"})
 
 
 def _say_plan(terminal: Terminal, plan: "Plan") -> None:

@@ -48,6 +48,7 @@ def _refuse_idle(choices: "ConvertChoices", requests: Sequence["Request"]) -> No
         "--token-embedding-type": choices.token_embedding_type is not None,
         "--pure": choices.pure,
         "--llama-lib": choices.llama_lib is not None,
+        "--tune": choices.tune is not None,
     }
     of_gptq = {"--tp": choices.tensor_parallel is not None}
     of_exl2 = {"--measurement": choices.measurement is not None}
@@ -55,6 +56,10 @@ def _refuse_idle(choices: "ConvertChoices", requests: Sequence["Request"]) -> No
         if name not in formats and (idle := _given(options)):
             raise UsageError(f"{', '.join(idle)}: only for {name}:, which is not asked for")
     measured = choices.stats is not None or will_calibrate(choices, requests)
+    if choices.tune is not None and not measured:
+        raise UsageError("--tune: there is no text to train on", hint="give --stats or --calibrate")
+    if choices.tune is not None and choices.split_max_size is not None:
+        raise UsageError("--tune: takes a single file", hint="leave --split-max-size out")
     if choices.effort is not None and formats == {"gguf"} and (not measured or _is_simple(choices)):
         raise UsageError(
             "--effort: nothing here is rounded with Hessians", hint="give --stats or --calibrate"

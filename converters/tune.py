@@ -1,4 +1,4 @@
-"""`dscq tune`: a finished GGUF with better scales, and otherwise the same bytes.
+"""`dscq tune`, `dscq convert --tune`: a finished GGUF with better scales, and otherwise the same bytes.
 
 The codes of every matrix stay; the half-precision `d` and `dmin` of its blocks are trained against the
 checkpoint that the file was made from (quantize/tuning.py), on rows of the statistics archive. Types without
@@ -6,9 +6,10 @@ a `d` that can be moved (floats, Q8_0), the embedding and the output matrix stay
 The file is copied under a temporary name, patched, and renamed when it is whole.
 """
 
+import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,9 +18,12 @@ import torch
 from converters.calibration import check_free
 from converters.checkpoint import Checkpoint
 from converters.disk import PARTIAL, check_room, explained
+from converters.donors import keys_path
 from converters.gguf_file import TensorEntry, read_head
 from converters.gguf_source import GgufFile, open_gguf
 from converters.names import gguf_name, is_rotary, permute
+from converters.places import Piece, Place
+from converters.plan import Plan, Written
 from converters.stats.archive import Archive
 from quantize.codecs import CODECS
 from quantize.codecs.fields import FieldCodec
@@ -43,6 +47,12 @@ class TunedFile:
     after: float
     n_matrices: int
 
+    @property
+    def summary(self) -> str:
+        """What was trained, and what came of it on the rows that it was trained on."""
+        kl = f"{self.before:.4g} at first, {self.after:.4g} at last"
+        return f"scales of {self.n_matrices} matrices trained, KL of the rows trained on {kl}"
+
 
 def tune_file(
     path: Path,
@@ -63,19 +73,65 @@ def tune_file(
     archive.check_model(checkpoint)
     file = open_gguf(path)
     _check(path, file, checkpoint)
-    matrices = scaled_matrices(file)
-    if not matrices:
+    if not scaled_matrices(file):
         kinds = ", ".join(sorted(set(file.tensor_types.values())))
         raise UsageError(f"{path}: no scales to move: its types are {kinds}")
     check_output(path, output, force=force)
+    return _tuned(path, file, checkpoint, archive, output, settings, device, on_step)[0]
+
+
+def can_be_tuned(plan: Plan) -> bool:
+    """Return whether a plan's file has scales that can be moved."""
+    linears = tuple(f".{linear}.weight" for linear in INPUTS)
+    return any(
+        isinstance(CODECS.get(tensor.quant), FieldCodec)
+        for tensor in plan.tensors
+        if tensor.name.endswith(linears)
+    )
+
+
+def tune_written(
+    written: Written,
+    checkpoint: Checkpoint,
+    archive: Archive,
+    settings: Settings,
+    device: str = "cpu",
+    *,
+    on_step: OnStep = lambda done, total, kl: None,
+) -> Written:
+    """Train the file that a conversion has just written, in its place; return what is written now.
+
+    The pieces of what was trained have new hashes, and no later conversion takes over any slice of the file.
+    Raises OutputError.
+    """
+    (path,) = written.paths
+    tuned, pieces = _tuned(path, open_gguf(path), checkpoint, archive, path, settings, device, on_step)
+    with explained(path):
+        keys_path(path).unlink(missing_ok=True)
+    changed = {name: (piece,) for name, piece in pieces.items()}
+    return replace(written, pieces={**written.pieces, **changed}, notes=(*written.notes, tuned.summary))
+
+
+def _tuned(
+    path: Path,
+    file: GgufFile,
+    checkpoint: Checkpoint,
+    archive: Archive,
+    output: Path,
+    settings: Settings,
+    device: str,
+    on_step: OnStep,
+) -> tuple[TunedFile, dict[str, Piece]]:
+    """Train, and write the file; return what came of it, and the trained matrices' pieces by name."""
+    matrices = scaled_matrices(file)
     rows = sample_rows(archive.rows().split(), min(TOKENS, settings.n_steps * settings.tokens))
     reference = ReferenceModel(checkpoint.config, checkpoint.weights, usable_device(device))
     model = ReferenceModel(checkpoint.config, file.weights, usable_device(device))
     found = tune(reference, model, matrices, rows, settings, on_step)
-    _write(path, output, matrices, found, file.config.head_dim)
+    pieces = _write(path, output, matrices, found, file.config.head_dim)
     eighth = min(8, len(found.losses))
     before, after = (sum(part) / eighth for part in (found.losses[:eighth], found.losses[-eighth:]))
-    return TunedFile(output, before, after, len(matrices))
+    return TunedFile(output, before, after, len(matrices)), pieces
 
 
 def scaled_matrices(file: GgufFile) -> dict[str, ScaledMatrix]:
@@ -114,9 +170,9 @@ def _check(path: Path, file: GgufFile, checkpoint: Checkpoint) -> None:
 
 def _write(
     path: Path, output: Path, matrices: Mapping[str, ScaledMatrix], found: Tuned, head_dim: int
-) -> None:
+) -> dict[str, Piece]:
     head, partial = read_head(path), output.with_name(output.name + PARTIAL)
-    places = {entry.name: entry for entry in head.tensors}
+    places, pieces = {entry.name: entry for entry in head.tensors}, dict[str, Piece]()
     with explained(output):
         try:
             shutil.copyfile(path, partial)
@@ -124,16 +180,19 @@ def _write(
                 for name, matrix in matrices.items():
                     blocks = matrix.moved(found.ratios[name])
                     ordered = permute(blocks, head_dim) if is_rotary(name) else blocks
-                    _patch(file, head.data_start, places[gguf_name(name)], ordered)
+                    pieces[name] = _patch(file, head.data_start, places[gguf_name(name)], ordered)
             partial.replace(output)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+    return pieces
 
 
-def _patch(file: BinaryIO, start: int, entry: TensorEntry, data: torch.Tensor) -> None:
+def _patch(file: BinaryIO, start: int, entry: TensorEntry, data: torch.Tensor) -> Piece:
     content = data.contiguous().numpy().tobytes()
     if len(content) != entry.n_bytes:
         raise AssertionError(f"{entry.name}: {len(content)} bytes in place of {entry.n_bytes}")
     file.seek(start + entry.offset)
     file.write(content)
+    place = Place(start + entry.offset, len(content))
+    return Piece((place,), hashlib.sha256(content).hexdigest())

@@ -46,6 +46,45 @@ def tuned(made: Made, output: Path, *others: str | Path) -> Result:
     return run("tune", made.file, "--reference", made.source, "--stats", made.stats, "-o", output, *others)
 
 
+def test_convert_tunes_what_it_has_written(made: Made, tmp_path: Path) -> None:
+    """The same bytes as dscq tune makes of the file, proven as they are now, and no donor of slices."""
+    convert = ("convert", made.source, "--stats", made.stats, "--to", "gguf:Q2_K", "--to", "gguf:Q8_0")
+    done = run(*convert, "--tune", "3", "-o", tmp_path, "--probe-tokens", "64")
+    assert done.exit_code == 0, done.output
+    assert "gguf:Q8_0 stays as converted: no scales that can be moved" in done.stderr
+    file = tmp_path / "demo-coder-Q2_K.gguf"
+    assert tuned(made, tmp_path / "apart.gguf", "--steps", "3", "--no-proof").exit_code == 0
+    assert file.read_bytes() == (tmp_path / "apart.gguf").read_bytes() != made.file.read_bytes()
+    report = json.loads((tmp_path / "demo-coder-Q2_K.report.json").read_text())
+    assert any("scales of 35 matrices trained" in note for note in report["notes"])
+    checks = {check["name"]: check["detail"] for check in report["proof"]["checks"]}
+    assert checks["payload on disk"] == "hashes as written"
+    again = run(*convert[:-2], "-o", tmp_path, "--force", "--no-proof")
+    assert "were there from an earlier run" not in again.stderr
+    assert file.read_bytes() == made.file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--to", "gguf:Q2_K"), "--tune: there is no text to train on"),
+        (
+            ("--to", "gguf:Q8_0", "--stats", "STATS"),
+            "--tune: gguf:Q8_0: no type with scales that can be moved",
+        ),
+        (("--to", "gptq:4bit-32g", "--stats", "STATS"), "--tune: only for gguf:"),
+        (("--to", "gguf:Q2_K", "--stats", "STATS", "--split-max-size", "1M"), "--tune: takes a single file"),
+    ],
+)
+def test_convert_refuses_what_it_cannot_tune(
+    made: Made, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    given = [str(made.stats) if each == "STATS" else each for each in arguments]
+    exception = run("convert", made.source, *given, "--tune", "2", "-o", tmp_path).exception
+    assert isinstance(exception, UsageError) and message in str(exception)
+    assert not list(tmp_path.iterdir())
+
+
 def error(made: Made, output: Path, *others: str | Path) -> DscqError:
     exception = tuned(made, output, *others).exception
     assert isinstance(exception, DscqError)
