@@ -16,6 +16,7 @@ from quantize.errors import UsageError
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
     from converters.plan import ConvertOptions, Plan, Request, Written
+    from converters.verify import Verifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +74,9 @@ class VerifyChoices(SourceChoices):
 def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     """Open, plan, write, prove; or, with `--dry-run`, open and plan."""
     from converters.contradictions import refuse_contradictions
-    from converters.measurements import calibrated, expected, measured, will_calibrate, will_measure
+    from converters.measurements import expected
     from converters.pipeline import plan_exports
-    from converters.planning import with_losses
-    from converters.targets.gguf_budget import is_budget
+    from converters.prove import prove_written
     from converters.tune_command import check_tuning, trained
 
     requests = _requests(choices)
@@ -85,28 +85,13 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     checkpoint = opened(terminal, choices, choices.source, choices.name, headers_only=choices.dry_run)
     options = expected(choices, checkpoint, requests, options)
     plans = plan_exports(checkpoint, requests, options)
-    verifier = None
-    if not (choices.no_proof or choices.dry_run):
-        from converters.proof.file import KINDS
-        from converters.prove import prove_written, ready_verifier
-
-        # Before the work starts: a device or a library that is not there must not show after an hour.
-        kinds = {KINDS[request.format] for request in requests}
-        verifier = ready_verifier(checkpoint, choices, sorted(kinds, key=lambda kind: kind.name))
-    if will_calibrate(choices, requests):
-        options = calibrated(terminal, choices, checkpoint, plans, options)
-        plans = plan_exports(checkpoint, requests, options)
-    if will_measure(choices, requests, options):
-        options = measured(terminal, choices, checkpoint, plans, options)
-        plans = plan_exports(checkpoint, requests, options)
-    budgeted = [request for request in requests if request.format == "gguf" and is_budget(request.quant)]
-    if options.archive is not None and budgeted:
-        options = with_losses(terminal, checkpoint, options, measure=not choices.dry_run)
-        plans = plan_exports(checkpoint, requests, options)
-    for plan in plans:
-        _say_plan(terminal, plan)
     if choices.tune is not None:
         check_tuning(terminal, plans)
+    # Before the work starts: a device or a library that is not there must not show after an hour.
+    verifier = _verifier(checkpoint, choices, requests)
+    plans, options = _measured(terminal, checkpoint, choices, plans, options)
+    for plan in plans:
+        _say_plan(terminal, plan)
     if choices.dry_run:
         from converters.dry_run import show_dry_run
 
@@ -120,6 +105,46 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
         return
     files = [str(path) for one in written for path in one.paths]
     terminal.document({"files": files, "proof": "skipped by --no-proof"})
+
+
+def _verifier(
+    checkpoint: "Checkpoint", choices: ConvertChoices, requests: Sequence["Request"]
+) -> "Verifier | None":
+    """Return what will prove the files, ready; None where nothing is to be proven."""
+    if choices.no_proof or choices.dry_run:
+        return None
+    from converters.proof.file import KINDS
+    from converters.prove import ready_verifier
+
+    kinds = {KINDS[request.format] for request in requests}
+    return ready_verifier(checkpoint, choices, sorted(kinds, key=lambda kind: kind.name))
+
+
+def _measured(
+    terminal: Terminal,
+    checkpoint: "Checkpoint",
+    choices: ConvertChoices,
+    plans: "list[Plan]",
+    options: "ConvertOptions",
+) -> "tuple[list[Plan], ConvertOptions]":
+    """Calibrate and measure what is missing; return the plans then, and the options with what they need."""
+    from converters.measurements import calibrated, measured, will_calibrate, will_measure
+    from converters.pipeline import plan_exports
+    from converters.planning import with_losses
+    from converters.targets.gguf_budget import is_budget
+
+    requests = [plan.request for plan in plans]
+    if will_calibrate(choices, requests):
+        options = calibrated(terminal, choices, checkpoint, plans, options)
+        plans = plan_exports(checkpoint, requests, options)
+    if will_measure(choices, requests, options):
+        options = measured(terminal, choices, checkpoint, plans, options)
+        plans = plan_exports(checkpoint, requests, options)
+    budgeted = [request for request in requests if request.format == "gguf" and is_budget(request.quant)]
+    if options.archive is not None and budgeted:
+        options = with_losses(terminal, checkpoint, options, measure=not choices.dry_run)
+        plans = plan_exports(checkpoint, requests, options)
+    return plans, options
 
 
 def _requests(choices: ConvertChoices) -> "list[Request]":
