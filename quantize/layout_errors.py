@@ -8,10 +8,9 @@ simplest kind for twenty layouts. What that leaves out (columns have moved by wh
 scales, a maximum shared by all outputs, the damping in D) is much the same for all layouts of a linear. It is
 found by really quantizing it under the middle one, and all others are scaled alike.
 
-Some rows stand for all. A row is taken with a chance in proportion to its energy w H wᵀ, so that each row
-taken speaks for the same share of the output's energy, and the mean of the rows' lost shares estimates that
-of the matrix. (Rows taken evenly would leave it to chance whether the few that hold most of the energy are
-among them.)
+Some rows stand for all. A row is taken with a chance in proportion to what rounding may cost it, Σ_k w_k²
+H_kk, so that each row taken speaks for the same share of that. (Rows taken evenly would leave it to chance
+whether the few that lose most are among them.)
 
 A bias stays: a group's maximum is shared by the rows taken and not by all, so scales fit a little better;
 without refit and descent errors are larger. docs/exl2.md has the measurement.
@@ -29,7 +28,7 @@ from quantize.solver.descend import loss
 from quantize.solver.exl2 import linear_faults, quantize_matrix
 from quantize.solver.factor import Factor, prepare
 
-PREDICTING = 3
+PREDICTING = 4
 """Raised whenever predictions come out otherwise: kept ones are told apart by it."""
 ROWS = 96
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -82,9 +81,9 @@ def _predict(
     if energy <= 0:
         errors = tuple(LayoutError(each, each.total_bits(*W.shape), 0.0) for each in layouts)
         return Prediction(0.0, errors)
-    taken, weight = sample(energies, rows)
+    taken, count = rows_for(W, H, rows)
     some = W[taken]
-    per_energy = (weight / energies[taken])[:, None]
+    per_energy = (count / energy)[:, None]
     estimates = _estimates(some[:, factor.order], factor.weights, per_energy, layouts)
     middle = len(layouts) // 2
     made = quantize_matrix(some, H, factor, layouts[middle].groups(W.shape[1]), "fast").linear
@@ -140,6 +139,22 @@ def column_losses(target: torch.Tensor, weights: torch.Tensor, bits: int, group_
         best = torch.where(total < least, losses, best)
         least = torch.minimum(total, least)
     return best.reshape(len(target), -1)[:, :n_columns]
+
+
+def rows_for(
+    W: torch.Tensor, H: torch.Tensor | None, rows: int, weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows of W f32 (N, K) that stand for all, int64 (n,), and how many each stands for, f32 (n,).
+
+    They are sampled by Σ_k w_k² H_kk: what independent errors in proportion to a row's weights would cost it,
+    times its weight. Its energy w H wᵀ would not do: where one input is huge, the row that answers to it has
+    all of the energy, and next to nothing of the loss. H is f32 (K, K), None for the identity.
+    """
+    spread = W.square() if H is None else W.square() * H.diagonal()
+    costs = spread.sum(1) if weights is None else spread.sum(1) * weights
+    taken, share = sample(costs, rows)
+    count = (share.double() * costs.double().sum() / costs[taken].double()).float()
+    return taken, count if weights is None else count * weights[taken]
 
 
 def sample(energies: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,9 @@
 """What each of ggml's quant types would cost each matrix, and what the costs of all matrices come to.
 
-As in `layout_errors`, some rows stand for a matrix: a row is taken with a chance in proportion to its energy,
-encoded under every type by the encoder that a conversion would use, and its lost share of energy counted.
-Rows are independent in ggml's blocks, so for the rows taken the losses are exact; what errs is the sample.
+As in `layout_errors`, some rows stand for a matrix: a row is taken with a chance in proportion to what
+rounding may cost it, encoded under every type by the encoder that a conversion would use, and its loss
+counted. Rows are independent in ggml's blocks, so for the rows taken the losses are exact; what errs is the
+sample.
 
 Costs of different matrices are brought to one measure, the KL divergence of the model's next-token
 distribution, in nats:
@@ -32,7 +33,7 @@ import torch
 from quantize.codecs import CODECS, codec
 from quantize.codecs.base import Codec
 from quantize.errors import UsageError
-from quantize.layout_errors import sample
+from quantize.layout_errors import rows_for
 from quantize.products import linear
 from quantize.solver.block_factor import BlockFactor
 from quantize.solver.blocks import compensated_types, encode_compensated
@@ -134,19 +135,18 @@ def predict_types(
     _check(W, types, H, weights)
     W = W.float()
     own = _energies(W, H)
-    energies = own if weights is None else own * weights
-    energy = float(energies.double().sum())
+    energy = float((own if weights is None else own * weights).double().sum())
     # A magnitude that overflows in a row that was not taken would still be refused when it is written.
     peak = float(W.abs().max()) if W.numel() else 0.0
     kinds = [kind for kind in map(codec, types) if peak < kind.overflow]
     if energy <= 0:
         return TypeErrors(0.0, {kind.name: 0.0 for kind in kinds})
-    taken, share = sample(energies, rows)
+    taken, count = rows_for(W, H, rows, weights)
     picked, errors = W[taken].contiguous(), {}
     for kind in kinds:
         decoded = kind.decode(rounding.encode(kind, picked), W.shape[1])
-        lost = _energies(picked - decoded, H) / own[taken]
-        errors[kind.name] = float((lost * share).double().sum())
+        lost = _energies(picked - decoded, H) * count
+        errors[kind.name] = float(lost.double().sum()) / energy
     return TypeErrors(energy, errors)
 
 

@@ -77,7 +77,7 @@ class Chain:
             partial = path.with_suffix(".partial")
             command = [str(self.tools / "llama-quantize"), "--imatrix", str(self.their_imatrix())]
             if self.pinned:
-                command += [f"--token-embedding-type={PINNED}", f"--output-tensor-type={PINNED}"]
+                command += ["--token-embedding-type", PINNED, "--output-tensor-type", PINNED]
             subprocess.run(
                 [*command, str(source), str(partial), recipe, "2"], check=True, capture_output=True
             )
