@@ -83,7 +83,7 @@ def dscq() -> None:
     is_flag=False,
     flag_value=64,
     metavar="[STEPS]",
-    help="GGUF: train the scales too, as dscq tune does; 64 steps, or STEPS.",
+    help="GGUF of two or three bits: train the scales too, as dscq tune does; 64 steps, or STEPS.",
 )
 @TYPE_OPTIONS
 @PIN_OPTIONS
@@ -242,6 +242,8 @@ def verify(quiet: bool, as_json: bool, **chosen: Any) -> None:
 @OUTPUT_OPTIONS
 def tune(quiet: bool, as_json: bool, **chosen: Any) -> None:
     """Train the scales of FILE, a quantized GGUF, against its checkpoint: same size, lower KL.
+
+    For files of two or three bits; at four and more there is nothing to gain.
 
     \b
     Examples:

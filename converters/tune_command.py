@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from converters.plan import ConvertOptions, Plan, Written
 
 
+MOST_BITS = 4.5
+"""Bits per weight above which nothing was gained where it was measured (docs/fidelity.md)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TuneChoices(SourceChoices):
     """The options of `dscq tune`."""
@@ -70,6 +74,10 @@ def check_tuning(terminal: Terminal, plans: Sequence["Plan"]) -> None:
     idle = [str(plan.request) for plan in plans if not can_be_tuned(plan)]
     if len(idle) == len(plans):
         raise UsageError(f"--tune: {', '.join(idle)}: no type with scales that can be moved")
+    for plan in plans:
+        if plan.request.format == "gguf" and plan.bits_per_weight > MOST_BITS:
+            bits = f"{plan.bits_per_weight:.2f} bits per weight"
+            terminal.say(f"--tune: {plan.request} has {bits}: above {MOST_BITS:g} training gains nothing")
     if idle:
         terminal.say(f"--tune: {', '.join(idle)} stays as converted: no scales that can be moved")
 
