@@ -7,7 +7,6 @@ import torch
 
 from quantize.errors import UsageError
 from quantize.products import linear
-from quantize.solver.descend import in_place
 from quantize.solver.factor import Factor, column_order, prepare
 
 WIDTH = 256
@@ -83,12 +82,21 @@ def prepare_blocks(H: torch.Tensor, *, damp: float = DAMP, name: str = "") -> Bl
         found = f"{name or 'the Hessian'}: {H.shape[0]} columns"
         raise UsageError(f"{found}, but blocks have a multiple of {_SMALLEST}")
     factor = prepare(H, damp=damp, order="group", group_size=WIDTH, name=name)
-    damped = in_place(factor.hessian, factor.order)
+    damped = _damped(H, factor)
     importance = H.diagonal().clamp(min=0).float()
     live = importance[~factor.dead]
     mean = float(live.mean()) if len(live) else 1.0
     damped.diagonal()[factor.dead] = _DEAD * mean
     return BlockFactor(damped, importance.clamp(min=_DEAD * mean), _walk(factor, _DEAD * mean), factor.log)
+
+
+def _damped(H: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """Return `factor.hessian` in the order of the columns; putting H's diagonal right is the least work."""
+    damped = H.float().clone()
+    damped[factor.dead] = 0.0
+    damped[:, factor.dead] = 0.0
+    damped.diagonal()[factor.order] = factor.hessian.diagonal()
+    return damped
 
 
 def _walk(factor: Factor, dead: float) -> tuple[BlockStep, ...]:

@@ -12,7 +12,7 @@ import torch
 from quantize.codecs import codec
 from quantize.errors import HessianError, UsageError
 from quantize.solver import block_kernels, blocks, gpu
-from quantize.solver.block_factor import BlockFactor, prepare_blocks
+from quantize.solver.block_factor import DAMP, WIDTH, BlockFactor, prepare_blocks
 from quantize.solver.block_grids import SHAPES, packed, searched_scales
 from quantize.solver.blocks import (
     compensated_types,
@@ -22,7 +22,7 @@ from quantize.solver.blocks import (
     search_beside,
 )
 from quantize.solver.compensate import compensate
-from quantize.solver.descend import descend, loss
+from quantize.solver.descend import descend, in_place, loss
 from quantize.solver.factor import prepare
 from quantize.solver.grid import Grid, affine_grid
 from quantize.solver.linears import Effort, Settings, prepare_input
@@ -322,3 +322,14 @@ def test_what_does_not_fit_is_an_error() -> None:
         prepare_blocks(torch.eye(40), name="layer 3")
     with pytest.raises(HessianError, match="negative"):
         prepare_blocks(-H)
+
+
+def test_the_damped_hessian_is_the_factors_own() -> None:
+    _, H = problem(8, 512)
+    H[5] = H[:, 5] = H[300] = H[:, 300] = 0
+    factor, damped = prepare(H, damp=DAMP, order="group", group_size=WIDTH), prepare_blocks(H).hessian
+    expected = in_place(factor.hessian, factor.order)
+    assert int(factor.dead.sum()) == 2
+    live = ~factor.dead
+    assert torch.equal(damped[live], expected[live])
+    assert torch.equal(damped[:, live], expected[:, live])
