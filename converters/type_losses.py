@@ -38,7 +38,7 @@ Losses = Mapping[str, Mapping[str, float]]
 """Nats by the checkpoint's name of a matrix and by quant type."""
 OnTensor = Callable[[int, int], None]
 _Shared = tuple[torch.Tensor, BlockFactor | None]
-_VERSION = 3
+_VERSION = 4
 
 
 def kept_losses(options: ConvertOptions) -> Losses | None:

@@ -8,9 +8,8 @@ simplest kind for twenty layouts. What that leaves out (columns have moved by wh
 scales, a maximum shared by all outputs, the damping in D) is much the same for all layouts of a linear. It is
 found by really quantizing it under the middle one, and all others are scaled alike.
 
-Some rows stand for all. A row is taken with a chance in proportion to what rounding may cost it, Σ_k w_k²
-H_kk, so that each row taken speaks for the same share of that. (Rows taken evenly would leave it to chance
-whether the few that lose most are among them.)
+Some rows stand for all. A row is taken with a chance in proportion to what rounding may cost it (`rows_for`).
+(Rows taken evenly would leave it to chance whether the few that lose most are among them.)
 
 A bias stays: a group's maximum is shared by the rows taken and not by all, so scales fit a little better;
 without refit and descent errors are larger. docs/exl2.md has the measurement.
@@ -28,7 +27,7 @@ from quantize.solver.descend import loss
 from quantize.solver.exl2 import linear_faults, quantize_matrix
 from quantize.solver.factor import Factor, prepare
 
-PREDICTING = 4
+PREDICTING = 5
 """Raised whenever predictions come out otherwise: kept ones are told apart by it."""
 ROWS = 96
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -146,15 +145,20 @@ def rows_for(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return rows of W f32 (N, K) that stand for all, int64 (n,), and how many each stands for, f32 (n,).
 
-    They are sampled by Σ_k w_k² H_kk: what independent errors in proportion to a row's weights would cost it,
-    times its weight. Its energy w H wᵀ would not do: where one input is huge, the row that answers to it has
-    all of the energy, and next to nothing of the loss. H is f32 (K, K), None for the identity.
+    They are sampled, times their `weights`, half by Σ_k w_k² H_kk, what independent errors in proportion to a
+    row's weights would cost it, half by Σ_k w_k². Energies w H wᵀ would not do, nor would H alone: where one
+    input is huge, the row that answers to it has nearly all of these, and next to nothing of the loss, for
+    errors under that input are compensated first. H is f32 (K, K), None for the identity.
     """
-    spread = W.square() if H is None else W.square() * H.diagonal()
-    costs = spread.sum(1) if weights is None else spread.sum(1) * weights
+    each = torch.ones(len(W), device=W.device) if weights is None else weights
+    plain = W.square().sum(1) * each
+    costs = plain / plain.sum()
+    if H is not None:
+        spread = (W.square() * H.diagonal()).sum(1) * each
+        costs = costs + spread / spread.sum().clamp(min=1e-30)
     taken, share = sample(costs, rows)
     count = (share.double() * costs.double().sum() / costs[taken].double()).float()
-    return taken, count if weights is None else count * weights[taken]
+    return taken, count * each[taken]
 
 
 def sample(energies: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:

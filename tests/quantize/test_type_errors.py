@@ -37,11 +37,12 @@ def test_a_sample_is_near_the_whole_matrix_for_every_type() -> None:
         assert 0.85 * exact < found.errors[quant] < 1.15 * exact, quant
 
 
-def test_a_row_that_answers_to_a_huge_input_does_not_stand_for_the_others() -> None:
+@pytest.mark.parametrize("where", ["all columns", "one column"])
+def test_a_row_that_answers_to_a_huge_input_does_not_stand_for_the_others(where: str) -> None:
     """It has nearly all of the energy, and hardly any of the loss: the others must be looked at."""
     W, H = problem(320, 256)
     x = torch.randn(256, generator=torch.Generator().manual_seed(2))
-    x /= x.norm()
+    x = x / x.norm() if where == "all columns" else torch.eye(256)[77]
     W -= torch.outer(W @ x, x)
     W[7] += x * W[7].norm()
     H = H + 1e7 * torch.outer(x, x) * float(H.diagonal().mean())
@@ -51,7 +52,7 @@ def test_a_row_that_answers_to_a_huge_input_does_not_stand_for_the_others() -> N
     found = predict_types(W, ("Q4_K", "Q3_K", "Q2_K"), rounding, H, rows=64)
     for quant, error in found.errors.items():
         lost = loss(W, codec(quant).decode(rounding.encode(codec(quant), W), 256), H)
-        assert float(lost[7] / lost.sum()) < 0.1
+        assert float(lost[7] / lost.sum()) < 0.3
         assert 0.8 < error / (float(lost.sum()) / found.energy) < 1.25, quant
 
 
