@@ -6,15 +6,13 @@ imatrix   the archive's diagonals, in llama.cpp's own formats, for whoever wants
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from converters.choices import OpenChoices, opened
 from converters.terminal import Terminal
-from quantize.errors import ArchiveError, DscqError, OutputError, UsageError
+from quantize.errors import ArchiveError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
@@ -198,8 +196,11 @@ def gather(
     """Return the archive of the checkpoint over the rows, made or already there."""
     from converters.stats.run import calibrate_checkpoint
     from converters.verify import torch_threads
+    from quantize.codecs.encoder import failures_explained
 
-    with terminal.stages("blocks") as report, _explained(options.device), torch_threads(n_threads):
+    hint = "use --device cpu, or shorter rows: --length 1024 --long-rows 0"
+    explained = failures_explained(options.device, "calibrate", hint)
+    with terminal.stages("blocks") as report, explained, torch_threads(n_threads):
         archive = calibrate_checkpoint(
             checkpoint,
             corpus.rows,
@@ -212,21 +213,6 @@ def gather(
     if rank() == 0:
         terminal.result(f"archive {archive.folder}: {archive.manifest.n_tokens:,} tokens, {n_bytes:,} bytes")
     return archive
-
-
-@contextmanager
-def _explained(device: str) -> Iterator[None]:
-    """Turn a device's failure into a DscqError that says what to do."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        hint = "use --device cpu, or shorter rows: --length 1024 --long-rows 0"
-        raise DscqError(f"{device}: too little memory to calibrate", hint=hint) from error
-    except torch.AcceleratorError as error:
-        cause = str(error).splitlines()[0]
-        raise DscqError(f"device {device} failed: {cause}", hint="use --device cpu") from error
 
 
 def write_diagonals(archive: "Archive", path: Path) -> None:

@@ -70,12 +70,13 @@ class Encoder:
 
 
 @contextmanager
-def failures_explained(device: torch.device | str, purpose: str) -> Iterator[None]:
-    """Raise DscqError in place of what torch does where a GPU has too little memory, or fails."""
+def failures_explained(
+    device: torch.device | str, purpose: str, hint: str = "free memory of the GPU, or use --device cpu"
+) -> Iterator[None]:
+    """Raise DscqError in place of what torch does where a GPU has too little memory (`hint`), or fails."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        hint = "free memory of the GPU, or use --device cpu"
         raise DscqError(f"{device}: too little memory to {purpose}", hint=hint) from error
     except torch.AcceleratorError as error:
         cause = str(error).splitlines()[0]
