@@ -93,8 +93,9 @@ def prepare_blocks(H: torch.Tensor, *, damp: float = DAMP, name: str = "") -> Bl
 def _damped(H: torch.Tensor, factor: Factor) -> torch.Tensor:
     """Return `factor.hessian` in the order of the columns; putting H's diagonal right is the least work."""
     damped = H.float().clone()
-    damped[factor.dead] = 0.0
-    damped[:, factor.dead] = 0.0
+    if bool(factor.dead.any()):
+        damped[factor.dead] = 0.0
+        damped[:, factor.dead] = 0.0
     damped.diagonal()[factor.order] = factor.hessian.diagonal()
     return damped
 
@@ -110,7 +111,7 @@ def _walk(factor: Factor, dead: float) -> tuple[BlockStep, ...]:
         )
     # Inside a block the columns come as they lie: M and S do not depend on their order.
     place = torch.cat([start + nat for (start, _), nat in zip(bounds, inside, strict=True)])
-    later = later[place][:, place]
+    later = later.index_select(0, place).index_select(1, place)
     steps = []
     for (start, end), nat in zip(bounds, inside, strict=True):
         part = upper[start:end, start:end]

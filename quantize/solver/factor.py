@@ -63,11 +63,13 @@ def prepare(
     dead = diagonal == 0
     mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.ones((), device=H.device)
     places = column_order(torch.where(dead, 0.0, diagonal), order, group_size)
-    ordered = H[places][:, places]
+    # Much faster than by `[]` on a CPU.
+    ordered = H.index_select(0, places).index_select(1, places)
     own, lost = diagonal[places], dead[places]
-    ordered[lost] = 0.0
-    ordered[:, lost] = 0.0
-    ordered.diagonal()[lost] = mean
+    if bool(lost.any()):
+        ordered[lost] = 0.0
+        ordered[:, lost] = 0.0
+        ordered.diagonal()[lost] = mean
     feedback, weights, used, log = _factor(ordered, float(mean), damp, name)
     added = ordered.diagonal() - own
     return Factor(places, ordered, added, feedback, weights.masked_fill(lost, 0.0), dead, used, log)
@@ -152,4 +154,6 @@ def _check(H: torch.Tensor, damp: float, order: str, group_size: int, name: str)
 
 def _is_plausible(H: torch.Tensor) -> bool:
     """Return whether H is finite and no mean of squares is negative."""
-    return bool(torch.isfinite(H).all()) and bool((H.diagonal() >= 0).all())
+    # A sum takes a tenth of the time of a look at each, but may overflow.
+    finite = bool(torch.isfinite(H.sum())) or bool(torch.isfinite(H).all())
+    return finite and bool((H.diagonal() >= 0).all())
