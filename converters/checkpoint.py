@@ -19,6 +19,7 @@ from converters.sources import Source, file_source, folder_source, is_hub_id, un
 from converters.token_roles import EosRule
 from converters.tokenizer import CheckpointTokenizer
 from quantize.errors import CheckpointError, DscqError, UsageError
+from quantize.folding import Fold
 from quantize.llama import EMBEDDING, HEAD, LlamaConfig
 from quantize.weights import Weights
 
@@ -47,7 +48,8 @@ class Checkpoint:
     """A model ready to be converted: everything is checked except the values of the weights.
 
     `notes` are remarks for the user: a tokenizer taken from elsewhere, a rule that was inferred.
-    `source_files` are the files of a GGUF source, whose place no export may take.
+    `source_files` are the files of a GGUF source, whose place no export may take; `fold` is what was done to
+    the weights' channels (converters/folding.py).
     """
 
     config: LlamaConfig
@@ -56,6 +58,7 @@ class Checkpoint:
     provenance: Provenance
     notes: tuple[str, ...] = field(default=())
     source_files: tuple[Path, ...] = field(default=())
+    fold: Fold | None = None
 
 
 def open_checkpoint(

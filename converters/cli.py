@@ -20,6 +20,7 @@ from converters.options import (
     EXISTING,
     EXISTING_FILE,
     EXISTING_FOLDER,
+    FOLD_OPTION,
     OUTPUT_OPTIONS,
     PIN_OPTIONS,
     PROOF_OPTIONS,
@@ -86,6 +87,7 @@ def dscq() -> None:
     help="GGUF of two or three bits: train the scales too, as dscq tune does; 64 steps, or STEPS.",
 )
 @TYPE_OPTIONS
+@FOLD_OPTION
 @PIN_OPTIONS
 @RUNTIME_OPTIONS
 @SOURCE_OPTIONS
@@ -172,6 +174,7 @@ def calibrate(quiet: bool, as_json: bool, **chosen: Any) -> None:
     help="A folder with reports of conversions, whose measured losses the curve is to show too.",
 )
 @click.option("--force", is_flag=True, help="Overwrite the files of -o and --plot.")
+@FOLD_OPTION
 @PIN_OPTIONS
 @RUNTIME_OPTIONS
 @SOURCE_OPTIONS

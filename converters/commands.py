@@ -43,6 +43,7 @@ class ConvertChoices(SourceChoices):
     fresh: bool
     no_proof: bool
     tune: int | None
+    fold: bool
     imatrix: Path | None
     stats: Path | None
     calibrate: bool
@@ -89,7 +90,7 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
         check_tuning(terminal, plans)
     # Before the work starts: a device or a library that is not there must not show after an hour.
     verifier = _verifier(checkpoint, choices, requests)
-    plans, options = _measured(terminal, checkpoint, choices, plans, options)
+    written_from, plans, options = _measured(terminal, checkpoint, choices, plans, options)
     for plan in plans:
         _say_plan(terminal, plan)
     if choices.dry_run:
@@ -97,7 +98,7 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
 
         show_dry_run(terminal, checkpoint, plans, options)
         return
-    written = _write(terminal, checkpoint, plans, options)
+    written = _write(terminal, written_from, plans, options)
     if choices.tune is not None:
         written = [trained(terminal, checkpoint, one, options, choices.tune) for one in written]
     if verifier is not None:
@@ -126,8 +127,11 @@ def _measured(
     choices: ConvertChoices,
     plans: "list[Plan]",
     options: "ConvertOptions",
-) -> "tuple[list[Plan], ConvertOptions]":
-    """Calibrate and measure what is missing; return the plans then, and the options with what they need."""
+) -> "tuple[Checkpoint, list[Plan], ConvertOptions]":
+    """Calibrate and measure what is missing, and fold if that is asked for.
+
+    Returns what is to be written, the plans then, and the options with what they need.
+    """
     from converters.measurements import calibrated, measured, will_calibrate, will_measure
     from converters.pipeline import plan_exports
     from converters.planning import with_losses
@@ -137,6 +141,9 @@ def _measured(
     if will_calibrate(choices, requests):
         options = calibrated(terminal, choices, checkpoint, plans, options)
         plans = plan_exports(checkpoint, requests, options)
+    if choices.fold:
+        checkpoint, options = _folded(terminal, choices, checkpoint, options)
+        plans = plan_exports(checkpoint, requests, options)
     if will_measure(choices, requests, options):
         options = measured(terminal, choices, checkpoint, plans, options)
         plans = plan_exports(checkpoint, requests, options)
@@ -144,7 +151,22 @@ def _measured(
     if options.archive is not None and budgeted:
         options = with_losses(terminal, checkpoint, options, measure=not choices.dry_run)
         plans = plan_exports(checkpoint, requests, options)
-    return plans, options
+    return checkpoint, plans, options
+
+
+def _folded(
+    terminal: Terminal, choices: ConvertChoices, checkpoint: "Checkpoint", options: "ConvertOptions"
+) -> "tuple[Checkpoint, ConvertOptions]":
+    """Fold the checkpoint; in a dry run, which reads no weights, by factors of one."""
+    from converters.folding import foldable, folded
+    from converters.hessians import check_hessians
+
+    if options.archive is not None:
+        check_hessians(options.archive)
+    if choices.dry_run:
+        return foldable(checkpoint), options
+    with terminal.stages("inputs") as report:
+        return folded(checkpoint, options, lambda done, total: report("fold", done, total))
 
 
 def _requests(choices: ConvertChoices) -> "list[Request]":

@@ -49,6 +49,7 @@ def _refuse_idle(choices: "ConvertChoices", requests: Sequence["Request"]) -> No
         "--pure": choices.pure,
         "--llama-lib": choices.llama_lib is not None,
         "--tune": choices.tune is not None,
+        "--fold": choices.fold,
     }
     of_gptq = {"--tp": choices.tensor_parallel is not None}
     of_exl2 = {"--measurement": choices.measurement is not None}
@@ -60,10 +61,23 @@ def _refuse_idle(choices: "ConvertChoices", requests: Sequence["Request"]) -> No
         raise UsageError("--tune: there is no text to train on", hint="give --stats or --calibrate")
     if choices.tune is not None and choices.split_max_size is not None:
         raise UsageError("--tune: takes a single file", hint="leave --split-max-size out")
+    _refuse_fold(choices, formats, measured=measured)
     if choices.effort is not None and formats == {"gguf"} and (not measured or _is_simple(choices)):
         raise UsageError(
             "--effort: nothing here is rounded with Hessians", hint="give --stats or --calibrate"
         )
+
+
+def _refuse_fold(choices: "ConvertChoices", formats: set[str], *, measured: bool) -> None:
+    """Raise UsageError for folding where nothing gains from it, or others would get the folded model too."""
+    if not choices.fold:
+        return
+    if not measured or _is_simple(choices):
+        hint = "give --stats or --calibrate, and no other --rounding than compensated"
+        raise UsageError("--fold: channels are scaled for rounding with Hessians alone", hint=hint)
+    if others := sorted(formats - {"gguf"}):
+        hint = "two commands with the same --stats do the same"
+        raise UsageError(f"--fold: only for gguf:, and {', '.join(others)} is asked for too", hint=hint)
 
 
 def _refuse_two_measurements(choices: "ConvertChoices", formats: set[str]) -> None:

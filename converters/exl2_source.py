@@ -24,7 +24,7 @@ from converters.vocabulary import Vocabulary
 from quantize.codecs.exl2 import Exl2Tensors, Group, decode, groups_of, tensor_faults
 from quantize.errors import CheckpointError
 from quantize.llama import EMBEDDING, LlamaConfig
-from quantize.weights import TensorSpec
+from quantize.weights import TensorSpec, Weights
 
 PARTS: Final = ("q_weight", "q_invperm", "q_scale", "q_scale_max", "q_groups")
 _DTYPES: Final = {"q_weight": "I32", "q_invperm": "I32", "q_scale": "I32", "q_scale_max": "F16"}
@@ -73,6 +73,10 @@ class Exl2Folder:
     def vocabulary(self) -> Vocabulary:
         """The vocabulary of the folder's tokenizer files; raises TokenizerError."""
         return read_tokenizer(self.paths[0], self.config.vocab_size).vocabulary
+
+    def as_stored(self, weights: Weights) -> Weights:
+        """Return the checkpoint's weights: nothing was done to them before they were rounded."""
+        return weights
 
     def block_size(self, name: str) -> int:
         """Return how many neighbouring columns of a quantized tensor are compared as one block."""

@@ -18,14 +18,16 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
+from converters.fold_fields import read_fold
 from converters.gguf_file import BLOCK_SIZES, GgufHead, TensorEntry, read_head, shard_name
 from converters.gguf_metadata import read_llama_config, read_vocabulary
 from converters.names import gguf_name, hf_name, is_rotary, unpermute
 from converters.vocabulary import Vocabulary
 from quantize.codecs import CODECS
 from quantize.errors import CheckpointError
+from quantize.folding import Fold, FoldedWeights
 from quantize.llama import HEAD, LlamaConfig
-from quantize.weights import TensorSpec
+from quantize.weights import TensorSpec, Weights
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -100,6 +102,15 @@ class GgufFile:
     def vocabulary(self) -> Vocabulary:
         """The tokenizer's vocabulary; raises TokenizerError for a kind other than byte-level BPE."""
         return read_vocabulary(self.metadata)
+
+    @cached_property
+    def fold(self) -> Fold | None:
+        """What was done to the channels, if anything; raises CheckpointError where that cannot be told."""
+        return read_fold(self.metadata, self.config)
+
+    def as_stored(self, weights: Weights) -> Weights:
+        """Return the checkpoint's weights as the file is to have them: folded, if it is."""
+        return weights if self.fold is None else FoldedWeights(weights, self.fold)
 
     def blocks(self, name: str) -> torch.Tensor:
         """Return one tensor's bytes as stored, uint8 (N, row_bytes), rows in the checkpoint's order."""

@@ -24,7 +24,7 @@ from converters.vocabulary import Vocabulary
 from quantize.codecs.gptq import CODES_IN_WORDS, dequantize
 from quantize.errors import CheckpointError
 from quantize.llama import EMBEDDING, LlamaConfig
-from quantize.weights import TensorSpec
+from quantize.weights import TensorSpec, Weights
 
 PARTS: Final = ("qweight", "qzeros", "scales", "g_idx")
 _STORED: Final = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -85,6 +85,10 @@ class GptqFolder:
     def vocabulary(self) -> Vocabulary:
         """The vocabulary of the folder's tokenizer files; raises TokenizerError."""
         return read_tokenizer(self.paths[0], self.config.vocab_size).vocabulary
+
+    def as_stored(self, weights: Weights) -> Weights:
+        """Return the checkpoint's weights: nothing was done to them before they were rounded."""
+        return weights
 
     def block_size(self, name: str) -> int:
         """Return how many neighbouring columns of a quantized tensor are compared as one block."""

@@ -101,6 +101,12 @@ PIN_OPTIONS = options(
     click.option("--output-tensor-type", metavar="TYPE", help="The type of output.weight."),
     click.option("--token-embedding-type", metavar="TYPE", help="The type of token_embd.weight."),
 )
+FOLD_OPTION = click.option(
+    "--fold",
+    is_flag=True,
+    help="GGUF: scale inner channels so that they round better; LoRA adapters made for the original then do "
+    "not fit the file.",
+)
 RUNTIME_OPTIONS = options(
     click.option("--ctx", type=click.IntRange(min=1), help="Of fit=: tokens of context; default: 4096."),
     click.option(

@@ -37,6 +37,7 @@ class PlanChoices(OpenChoices):
     reserve: int | None
     ngl: int | None
     exclude_types: tuple[str, ...]
+    fold: bool
     tensor_types: tuple[str, ...]
     output_tensor_type: str | None
     token_embedding_type: str | None
@@ -44,12 +45,16 @@ class PlanChoices(OpenChoices):
 
 def plan(terminal: Terminal, choices: PlanChoices) -> None:
     """Predict losses, or read them; then show the curve, and plan one size."""
+    from converters.folding import folded
     from converters.plan import Request
     from converters.targets import parse_request
 
     request = parse_request(choices.target) if choices.target is not None else None
     _check(choices, request)
     checkpoint, options = _opened(terminal, choices)
+    if choices.fold:
+        with terminal.stages("inputs") as report:
+            checkpoint, options = folded(checkpoint, options, lambda done, total: report("fold", done, total))
     options = with_losses(terminal, checkpoint, options)
     document: dict[str, object] = {}
     if choices.curve:

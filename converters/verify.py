@@ -230,7 +230,10 @@ class _Proof:
             "tensors",
             "readable",
             lambda: prove_tensors(
-                file, self.reference, n_threads=self.options.n_threads, on_progress=self.on_progress
+                file,
+                replace(self.reference, weights=file.as_stored(self.reference.weights)),
+                n_threads=self.options.n_threads,
+                on_progress=self.on_progress,
             ),
         )
         if done is not None:

@@ -48,6 +48,10 @@ class ModelFile(Protocol):
         """Its vocabulary; raises TokenizerError."""
         ...
 
+    def as_stored(self, weights: Weights) -> Weights:
+        """Return the checkpoint's weights as this file is to have them; raises CheckpointError."""
+        ...
+
     def block_size(self, name: str) -> int:
         """Return how many neighbouring columns of a quantized tensor are compared as one block."""
         ...

@@ -29,11 +29,14 @@ _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 
 @dataclass(frozen=True)
 class Archive:
-    """An archive that is whole. Several threads may read it."""
+    """An archive that is whole, which several threads may read.
+
+    `checked` are the members whose hash was found right.
+    """
 
     folder: Path
     manifest: Manifest
-    _checked: set[str] = field(default_factory=set)
+    checked: set[str] = field(default_factory=set)
 
     @property
     def config(self) -> LlamaConfig:
@@ -87,6 +90,11 @@ class Archive:
         """
         member, inputs = self._place(name)
         return f"{self.manifest.members[member].sha256} {inputs}"
+
+    @property
+    def view(self) -> str:
+        """What was made of the statistics that are stored, if they are not given as they are."""
+        return ""
 
     def importances(self) -> Importances:
         """Return the diagonals as an imatrix: what the quant types' searches are weighed with."""
@@ -157,7 +165,7 @@ class Archive:
         return members.read_member(self.folder / member, names)
 
     def _check(self, name: str) -> None:
-        if name in self._checked:
+        if name in self.checked:
             return
         path = self.folder / name
         try:
@@ -167,7 +175,7 @@ class Archive:
         if found != self.manifest.members[name].sha256:
             hint = "copy the archive again, or calibrate again with --fresh"
             raise ArchiveError(f"{path}: damaged: its sha256 is not the one in the manifest", hint=hint)
-        self._checked.add(name)
+        self.checked.add(name)
 
 
 def open_archive(folder: Path) -> Archive:

@@ -15,6 +15,7 @@ from threading import Lock
 
 import torch
 
+from converters import fold_fields
 from converters.checkpoint import Checkpoint
 from converters.disk import rename_all
 from converters.donors import Donors, is_noted, slice_key
@@ -120,7 +121,8 @@ class GgufTarget:
                 end += padded(tensor.n_bytes)
             name = f"{stem}.gguf" if len(shards) == 1 else shard_name(stem, number, len(shards))
             files.append(FilePlan(name, head, end))
-        return Plan(request, tuple(files), tuple(placed), tuple(types.notes()))
+        folded = [] if checkpoint.fold is None else [fold_fields.NOTE]
+        return Plan(request, tuple(files), tuple(placed), (*types.notes(), *folded))
 
     def open_writer(self, plan: Plan, options: ConvertOptions) -> "GgufWriter":
         """Create the files under temporary names, with their heads in place."""

@@ -10,6 +10,7 @@ from gguf import GGUFWriter, RopeScalingType, size_label
 
 from converters.checkpoint import Checkpoint, Provenance
 from converters.findings import stops_before_turns_end
+from converters.fold_fields import add_fold
 from converters.imatrix import Importances
 from converters.plan import ConvertOptions
 from converters.targets.gguf_types import GgufTypes
@@ -83,6 +84,8 @@ def _add_own(writer: GGUFWriter, checkpoint: Checkpoint, types: GgufTypes) -> No
     writer.add_string("dscq.source", provenance.source)
     writer.add_string("dscq.revision", provenance.revision or "")
     writer.add_string("dscq.adapter", provenance.adapter or "")
+    if checkpoint.fold is not None:
+        add_fold(writer, checkpoint.fold)
 
 
 def eos_rule(vocabulary: Vocabulary) -> EosRule:

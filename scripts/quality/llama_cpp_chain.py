@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from converters.checkpoint import Checkpoint
+from converters.folding import folded
 from converters.pipeline import convert, first_tokens_known
 from converters.plan import ConvertOptions
 from converters.stats.archive import Archive
@@ -21,7 +22,7 @@ from converters.stats.prepare import CalibrateOptions
 from converters.stats.run import calibrate_checkpoint
 from converters.targets import parse_request
 from converters.tune import tune_file
-from converters.type_losses import Losses, kept_losses, measured_losses
+from converters.type_losses import kept_losses, measured_losses
 from quantize.solver.linears import Effort
 from quantize.tuning import Settings
 
@@ -43,7 +44,8 @@ class Chain:
 
     `weighted` rounds ours to nearest with importances, and gathers diagonals alone; otherwise errors are
     compensated with `effort`, under Hessians in which tokens count by their gradients if `sensitivity`.
-    `pinned` has embedding and output matrix in F16, on both sides. With `tune` ours is trained so many steps.
+    `pinned` has embedding and output matrix in F16, on both sides. With `tune` ours is trained so many steps,
+    with `fold` its channels are scaled.
     """
 
     checkpoint: Checkpoint
@@ -56,6 +58,7 @@ class Chain:
     pinned: bool = False
     sensitivity: bool = False
     tune: int = 0
+    fold: bool = False
 
     def their_imatrix(self) -> Path:
         """Return llama-imatrix's file for the text."""
@@ -97,9 +100,17 @@ class Chain:
     def our_file(self, recipe: str) -> Path:
         """Return our file of a recipe, or of a budget: size=101635008."""
         role = "ours" if self.weighted else f"compensated-{self.effort}{'-sensitivity' * self.sensitivity}"
+        role += "-folded" * self.fold
         path = self._place(role, recipe)
-        made = path if path.exists() else self.made(recipe, self.options(recipe), role)
+        made = path if path.exists() else self._made_ours(recipe, role)
         return self._tuned(made, self._place(f"{role}-tuned-{self.tune}", recipe)) if self.tune else made
+
+    def _made_ours(self, recipe: str, role: str) -> Path:
+        if not self.fold:
+            return self.made(recipe, self.options(recipe), role)
+        checkpoint, options = folded(self.checkpoint, self._unpriced())
+        chain = replace(self, checkpoint=checkpoint)
+        return chain.made(recipe, chain._priced(options, recipe), role)
 
     def _tuned(self, path: Path, output: Path) -> Path:
         if not output.exists():
@@ -108,22 +119,25 @@ class Chain:
 
     def options(self, recipe: str) -> ConvertOptions:
         """Return how ours is converted."""
+        return self._priced(self._unpriced(), recipe)
+
+    def _unpriced(self) -> ConvertOptions:
         archive = self.archive()
         options = ConvertOptions(self.work, force=True, importances=archive.importances())
         if self.pinned:
             options = replace(options, token_embedding_type=PINNED, output_tensor_type=PINNED)
         if self.weighted:
             return options
-        options = replace(options, archive=archive, compensate=True, effort=self.effort)
-        if "=" in recipe:
-            options = replace(options, losses=self._losses(options))
-        return options
+        return replace(options, archive=archive, compensate=True, effort=self.effort)
 
-    def _losses(self, options: ConvertOptions) -> Losses:
+    def _priced(self, options: ConvertOptions, recipe: str) -> ConvertOptions:
+        """Return the options with what types cost, if a recipe is a budget."""
+        if self.weighted or "=" not in recipe:
+            return options
         kept = kept_losses(options)
-        if kept is not None:
-            return kept
-        return measured_losses(self.checkpoint, first_tokens_known(self.checkpoint, options))
+        if kept is None:
+            kept = measured_losses(self.checkpoint, first_tokens_known(self.checkpoint, options))
+        return replace(options, losses=kept)
 
     def made(self, recipe: str, options: ConvertOptions, role: str) -> Path:
         """Return a file that dscq writes."""

@@ -1,0 +1,60 @@
+"""What a GGUF's metadata says of a fold (quantize/folding.py): written and read.
+
+dscq.fold                    "channel scales, powers of 2^(1/8)"
+dscq.fold.attention_mixed    exponents, int8: those of layer 0 first
+dscq.fold.mlp_inner
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from gguf import GGUFValueType, GGUFWriter
+
+from quantize.errors import CheckpointError
+from quantize.folding import PAIRS, STEPS, Fold, Place, n_channels
+from quantize.llama import LlamaConfig
+
+NOTE = "channel scales are folded: adapters (LoRA) made for the original model do not fit this file"
+_KEY = "dscq.fold"
+_KIND = f"channel scales, powers of 2^(1/{STEPS})"
+_MOST_TEXT = 100
+
+
+def add_fold(writer: GGUFWriter, fold: Fold) -> None:
+    """Add what was done to a file's metadata."""
+    writer.add_string(_KEY, _KIND)
+    for name in PAIRS:
+        exponents = torch.cat([fold.exponents[layer, name] for layer in range(fold.config.n_layers)])
+        writer.add_key_value(
+            f"{_KEY}.{name}", exponents.tolist(), GGUFValueType.ARRAY, sub_type=GGUFValueType.INT8
+        )
+
+
+def read_fold(metadata: Mapping[str, Any], config: LlamaConfig) -> Fold | None:
+    """Return what a file's metadata says was done, None if nothing.
+
+    Raises CheckpointError for another kind of folding, or for other than one exponent for each channel.
+    """
+    if _KEY not in metadata:
+        return None
+    if metadata[_KEY] != _KIND:
+        found = str(metadata[_KEY])[:_MOST_TEXT]
+        raise CheckpointError(f"{_KEY} is {found!r}; supported: {_KIND!r}", hint="a newer dscq may read it")
+    exponents = dict[Place, torch.Tensor]()
+    for name in PAIRS:
+        for layer, part in enumerate(_exponents(metadata, name, config)):
+            exponents[layer, name] = part
+    return Fold(config, exponents)
+
+
+def _exponents(metadata: Mapping[str, Any], name: str, config: LlamaConfig) -> torch.Tensor:
+    """Return the exponents of an input, int8 (n_layers, K)."""
+    values, n = metadata.get(f"{_KEY}.{name}"), n_channels(config, name)
+    expected = f"expected {config.n_layers * n} numbers from -128 to 127"
+    if not isinstance(values, list) or len(values) != config.n_layers * n:
+        found = f"has {len(values)} items" if isinstance(values, list) else "is no array"
+        raise CheckpointError(f"{_KEY}.{name} {found}, {expected}")
+    if not all(type(value) is int and -128 <= value <= 127 for value in values):
+        raise CheckpointError(f"{_KEY}.{name} has other items, {expected}")
+    return torch.tensor(values, dtype=torch.int8).reshape(config.n_layers, n)
