@@ -5,11 +5,13 @@ The folder is made by `shared/benchtext/make_benchtext.py`: `calibration/LANGUAG
 of rows; a row is BOS, where the tokenizer has one, and the tokens of consecutive text.
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
+from converters.corpus.chat import chat_ids, chat_template, render
 from converters.tokenizer import CheckpointTokenizer
 
 
@@ -41,3 +43,46 @@ def spread_rows(half: Path, tokenizer: CheckpointTokenizer, n_tokens: int, lengt
     names = languages(half)
     n_rows = -(-n_tokens // (length * len(names)))
     return [row for name in names for row in language_rows(half / f"{name}.txt", tokenizer, n_rows, length)]
+
+
+_QUESTION = "What does this do, and how does it go on?"
+_FAR = 24_000  # characters: beyond what spread_rows takes of a language for 36,864 tokens in all
+
+
+def _excerpts(half: Path, n_rows: int, *lengths: int) -> Iterator[tuple[str, ...]]:
+    """Yield `n_rows` excerpts of the languages in turn, each cut into parts of these lengths."""
+    names = languages(half)
+    for number in range(n_rows):
+        text = (half / f"{names[number % len(names)]}.txt").read_text("utf-8")
+        ends = [_FAR, *(_FAR + sum(lengths[: i + 1]) for i in range(len(lengths)))]
+        yield tuple(text[start:end] for start, end in itertools.pairwise(ends))
+
+
+def chat_rows(half: Path, tokenizer: CheckpointTokenizer, n_rows: int, length: int) -> list[torch.Tensor]:
+    """Return conversations about text of all languages, as the model's template writes them, int64 (length,).
+
+    Raises ValueError for a tokenizer without a template.
+    """
+    template = chat_template(tokenizer.vocabulary)
+    if template is None:
+        raise ValueError("the tokenizer has no chat template")
+    rows = []
+    for code, answer in _excerpts(half, n_rows, 2 * length, 4 * length):
+        messages = [
+            {"role": "user", "content": f"{_QUESTION}\n```\n{code}\n```"},
+            {"role": "assistant", "content": answer},
+        ]
+        rows.append(chat_ids(tokenizer, render(template, tokenizer.vocabulary, messages))[:length])
+    return [torch.tensor(row, dtype=torch.int64) for row in rows if len(row) == length]
+
+
+def infill_rows(half: Path, tokenizer: CheckpointTokenizer, n_rows: int, length: int) -> list[torch.Tensor]:
+    """Return text of all languages with the middle moved to the end, int64 (length,).
+
+    The marks are DeepSeek Coder's; a tokenizer that lacks them spells them out.
+    """
+    begin, hole, end = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
+    rows = []
+    for before, middle, after in _excerpts(half, n_rows, 2 * length, 3 * length, length):
+        rows.append(tokenizer.encode(f"{begin}{before}{hole}{after}{end}{middle}")[:length])
+    return [torch.tensor(row, dtype=torch.int64) for row in rows if len(row) == length]
