@@ -75,7 +75,7 @@ class VerifyChoices(SourceChoices):
 def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     """Open, plan, write, prove; or, with `--dry-run`, open and plan."""
     from converters.contradictions import refuse_contradictions
-    from converters.measurements import expected
+    from converters.measurements import expected, prepared
     from converters.pipeline import plan_exports
     from converters.prove import prove_written
     from converters.tune_command import check_tuning, trained
@@ -90,7 +90,7 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
         check_tuning(terminal, plans)
     # Before the work starts: a device or a library that is not there must not show after an hour.
     verifier = _verifier(checkpoint, choices, requests)
-    written_from, plans, options = _measured(terminal, checkpoint, choices, plans, options)
+    written_from, plans, options = prepared(terminal, checkpoint, choices, plans, options)
     for plan in plans:
         _say_plan(terminal, plan)
     if choices.dry_run:
@@ -119,54 +119,6 @@ def _verifier(
 
     kinds = {KINDS[request.format] for request in requests}
     return ready_verifier(checkpoint, choices, sorted(kinds, key=lambda kind: kind.name))
-
-
-def _measured(
-    terminal: Terminal,
-    checkpoint: "Checkpoint",
-    choices: ConvertChoices,
-    plans: "list[Plan]",
-    options: "ConvertOptions",
-) -> "tuple[Checkpoint, list[Plan], ConvertOptions]":
-    """Calibrate and measure what is missing, and fold if that is asked for.
-
-    Returns what is to be written, the plans then, and the options with what they need.
-    """
-    from converters.measurements import calibrated, measured, will_calibrate, will_measure
-    from converters.pipeline import plan_exports
-    from converters.planning import with_losses
-    from converters.targets.gguf_budget import is_budget
-
-    requests = [plan.request for plan in plans]
-    if will_calibrate(choices, requests):
-        options = calibrated(terminal, choices, checkpoint, plans, options)
-        plans = plan_exports(checkpoint, requests, options)
-    if choices.fold:
-        checkpoint, options = _folded(terminal, choices, checkpoint, options)
-        plans = plan_exports(checkpoint, requests, options)
-    if will_measure(choices, requests, options):
-        options = measured(terminal, choices, checkpoint, plans, options)
-        plans = plan_exports(checkpoint, requests, options)
-    budgeted = [request for request in requests if request.format == "gguf" and is_budget(request.quant)]
-    if options.archive is not None and budgeted:
-        options = with_losses(terminal, checkpoint, options, measure=not choices.dry_run)
-        plans = plan_exports(checkpoint, requests, options)
-    return checkpoint, plans, options
-
-
-def _folded(
-    terminal: Terminal, choices: ConvertChoices, checkpoint: "Checkpoint", options: "ConvertOptions"
-) -> "tuple[Checkpoint, ConvertOptions]":
-    """Fold the checkpoint; in a dry run, which reads no weights, by factors of one."""
-    from converters.folding import foldable, folded
-    from converters.hessians import check_hessians
-
-    if options.archive is not None:
-        check_hessians(options.archive)
-    if choices.dry_run:
-        return foldable(checkpoint), options
-    with terminal.stages("inputs") as report:
-        return folded(checkpoint, options, lambda done, total: report("fold", done, total))
 
 
 def _requests(choices: ConvertChoices) -> "list[Request]":

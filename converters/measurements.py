@@ -74,6 +74,53 @@ def _with_archive(
     return replace(options, importances=archive.importances()) if weighing else options
 
 
+def prepared(
+    terminal: Terminal,
+    checkpoint: "Checkpoint",
+    choices: "ConvertChoices",
+    plans: "list[Plan]",
+    options: "ConvertOptions",
+) -> "tuple[Checkpoint, list[Plan], ConvertOptions]":
+    """Calibrate and measure what is missing, and fold if that is asked for.
+
+    Returns what is to be written, the plans then, and the options with what they need.
+    """
+    from converters.pipeline import plan_exports
+    from converters.planning import with_losses
+    from converters.targets.gguf_budget import is_budget
+
+    requests = [plan.request for plan in plans]
+    if will_calibrate(choices, requests):
+        options = calibrated(terminal, choices, checkpoint, plans, options)
+        plans = plan_exports(checkpoint, requests, options)
+    if choices.fold:
+        checkpoint, options = _folded(terminal, choices, checkpoint, options)
+        plans = plan_exports(checkpoint, requests, options)
+    if will_measure(choices, requests, options):
+        options = measured(terminal, choices, checkpoint, plans, options)
+        plans = plan_exports(checkpoint, requests, options)
+    budgeted = [request for request in requests if request.format == "gguf" and is_budget(request.quant)]
+    if options.archive is not None and budgeted:
+        options = with_losses(terminal, checkpoint, options, measure=not choices.dry_run)
+        plans = plan_exports(checkpoint, requests, options)
+    return checkpoint, plans, options
+
+
+def _folded(
+    terminal: Terminal, choices: "ConvertChoices", checkpoint: "Checkpoint", options: "ConvertOptions"
+) -> "tuple[Checkpoint, ConvertOptions]":
+    """Fold the checkpoint; in a dry run, which reads no weights, by factors of one."""
+    from converters.folding import foldable, folded
+    from converters.hessians import check_hessians
+
+    if options.archive is not None:
+        check_hessians(options.archive)
+    if choices.dry_run:
+        return foldable(checkpoint), options
+    with terminal.stages("inputs") as report:
+        return folded(checkpoint, options, lambda done, total: report("fold", done, total))
+
+
 def calibrated(
     terminal: Terminal,
     choices: "ConvertChoices",
