@@ -96,7 +96,7 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     if choices.dry_run:
         from converters.dry_run import show_dry_run
 
-        show_dry_run(terminal, checkpoint, plans, options)
+        show_dry_run(terminal, written_from, plans, options)
         return
     written = _write(terminal, written_from, plans, options)
     if choices.tune is not None:

@@ -5,6 +5,7 @@
     --calibrate    the archive is made first, on the built-in text, in OUTPUT/stats; so it is where a format
                    needs Hessians and nothing was given
     --measurement  what EXL2's layouts cost; without it OUTPUT/measurement.json is taken, or made first
+    --fold         the inputs' statistics are those of scaled channels (converters/folding.py)
 
 An archive that is to be made is expected first: its importances, their numbers aside, are enough to plan and
 to check with, so that what can be refused is refused before the measuring.
@@ -94,31 +95,52 @@ def prepared(
         options = calibrated(terminal, choices, checkpoint, plans, options)
         plans = plan_exports(checkpoint, requests, options)
     if choices.fold:
-        checkpoint, options = _folded(terminal, choices, checkpoint, options)
+        checkpoint, options = _folded(terminal, choices, checkpoint, plans, options)
         plans = plan_exports(checkpoint, requests, options)
     if will_measure(choices, requests, options):
         options = measured(terminal, choices, checkpoint, plans, options)
         plans = plan_exports(checkpoint, requests, options)
     budgeted = [request for request in requests if request.format == "gguf" and is_budget(request.quant)]
-    if options.archive is not None and budgeted:
+    # A dry run does not know the factors, and so not the losses.
+    if options.archive is not None and budgeted and not (choices.fold and choices.dry_run):
         options = with_losses(terminal, checkpoint, options, measure=not choices.dry_run)
         plans = plan_exports(checkpoint, requests, options)
     return checkpoint, plans, options
 
 
 def _folded(
-    terminal: Terminal, choices: "ConvertChoices", checkpoint: "Checkpoint", options: "ConvertOptions"
+    terminal: Terminal,
+    choices: "ConvertChoices",
+    checkpoint: "Checkpoint",
+    plans: Sequence["Plan"],
+    options: "ConvertOptions",
 ) -> "tuple[Checkpoint, ConvertOptions]":
     """Fold the checkpoint; in a dry run, which reads no weights, by factors of one."""
-    from converters.folding import foldable, folded
+    from converters.folding import as_if_folded, folded, refuse_useless
     from converters.hessians import check_hessians
+    from converters.pipeline import refuse_taken
 
     if options.archive is not None:
         check_hessians(options.archive)
+    refuse_useless(plans)
     if choices.dry_run:
-        return foldable(checkpoint), options
+        return as_if_folded(checkpoint), options
+    refuse_taken(plans, options)
+    options = first_tokens_shown(terminal, checkpoint, options)
     with terminal.stages("inputs") as report:
         return folded(checkpoint, options, lambda done, total: report("fold", done, total))
+
+
+def first_tokens_shown(
+    terminal: Terminal, checkpoint: "Checkpoint", options: "ConvertOptions"
+) -> "ConvertOptions":
+    """Return the options with the inputs of rows' first tokens, if they need them; show how far it is."""
+    from converters.pipeline import first_tokens_known
+
+    with terminal.stages("blocks") as report:
+        return first_tokens_known(
+            checkpoint, options, lambda done, total: report("first tokens", done, total)
+        )
 
 
 def calibrated(
@@ -157,7 +179,7 @@ def measured(
     """Return the options with what EXL2's layouts cost: read, or measured now and kept in the output."""
     from converters.exl2_measure import measure
     from converters.exl2_measurement import NAME
-    from converters.pipeline import check_destination, first_tokens_known, read_licences
+    from converters.pipeline import check_destination, read_licences
 
     options = _with_measurement(choices, checkpoint, [plan.request for plan in plans], options)
     archive = options.archive
@@ -167,10 +189,7 @@ def measured(
     read_licences(checkpoint)
     path = choices.output / NAME
     terminal.say(f"measuring: what each layout costs, once for all sizes, in {path}")
-    with terminal.stages("blocks") as report:
-        options = first_tokens_known(
-            checkpoint, options, lambda done, total: report("first tokens", done, total)
-        )
+    options = first_tokens_shown(terminal, checkpoint, options)
     with terminal.stages("inputs") as report:
         measurement = measure(
             archive,

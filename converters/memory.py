@@ -41,8 +41,9 @@ class Needs:
 def memory_needs(checkpoint: Checkpoint, plans: Sequence[Plan], options: ConvertOptions) -> Needs:
     """Return about how much memory the run takes."""
     config = checkpoint.config
-    # An adapter's update of a tensor is made whole, and so is the sum.
-    merged = 0 if checkpoint.provenance.adapter is None else 2 * _F32 * _largest_matrix(config)
+    # An adapter's update of a tensor is made whole, and so is the sum; so is what is folded, from f32.
+    changed = checkpoint.provenance.adapter is not None or checkpoint.fold is not None
+    merged = 2 * _F32 * _largest_matrix(config) if changed else 0
     worker = _WORKER + (_GPU_SLICE_BYTES * GPU_SLICE_ELEMENTS if options.on_gpu else 0)
     writing = min(options.n_threads, MAX_WORKERS) * worker + _solving(config, plans, options)
     heads = 2 * _F32 * config.vocab_size * config.hidden_size

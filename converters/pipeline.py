@@ -40,6 +40,7 @@ __all__ = [
     "first_tokens_known",
     "mark_failed",
     "plan_exports",
+    "refuse_taken",
     "reread_hashes",
     "with_first_tokens",
 ]
@@ -153,7 +154,6 @@ def check_destination(
     with explained(options.folder):
         if options.folder.exists() and not options.folder.is_dir():
             raise OutputError(f"{options.folder}: a file; -o takes a folder")
-        there = [f"{path.name} exists" for plan in plans for path in _taken(plan, options.folder)]
         own = [p.name for p in paths if any(p.exists() and p.samefile(s) for s in source_files)]
     if own:
         raise OutputError(
@@ -174,8 +174,7 @@ def check_destination(
             reasons=foreign,
             hint="write to another folder with -o, or move that one",
         )
-    if there and not options.force:
-        raise OutputError(f"{options.folder}: nothing is overwritten", reasons=there, hint="use --force")
+    refuse_taken(plans, options)
     files = [pair for plan in plans for pair in zip(plan.partials(options.folder), plan.files, strict=True)]
     leftovers = [
         partial
@@ -186,6 +185,14 @@ def check_destination(
     check_room(options.folder, sum(plan.n_bytes for plan in plans), leftovers)
     with explained(options.folder):
         options.folder.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_taken(plans: Sequence[Plan], options: ConvertOptions) -> None:
+    """Raise OutputError for files that exist already, unless they may be overwritten."""
+    with explained(options.folder):
+        there = [f"{path.name} exists" for plan in plans for path in _taken(plan, options.folder)]
+    if there and not options.force:
+        raise OutputError(f"{options.folder}: nothing is overwritten", reasons=there, hint="use --force")
 
 
 def _taken(plan: Plan, folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@
     request = "gguf:bpw=3.5"
     bytes = 2949120000                      of all files
     predicted_kl = 0.0731                   nats
+    fold = true                             by losses of folded channels: for `convert --fold`
 
     [types]
     "token_embd.weight" = "Q3_K"
@@ -21,12 +22,13 @@ from converters.plan import Plan
 from quantize.errors import PlanError
 
 
-def write_plan(path: Path, model: str, plan: Plan, nats: float | None) -> None:
-    """Write the types of a plan; raises OutputError."""
+def write_plan(path: Path, model: str, plan: Plan, nats: float | None, *, fold: bool = False) -> None:
+    """Write the types of a plan, `fold` for a model whose channels are folded; raises OutputError."""
     # JSON's strings are TOML's basic strings.
     lines = [f"model = {json.dumps(model)}", f"request = {json.dumps(str(plan.request))}"]
     lines.append(f"bytes = {plan.n_bytes}")
     lines += [] if nats is None else [f"predicted_kl = {float(nats)!r}"]
+    lines += ["fold = true"] if fold else []
     matrices = (tensor for tensor in plan.tensors if len(tensor.shape) > 1)
     types = [f"{json.dumps(tensor.written_name)} = {json.dumps(tensor.quant)}" for tensor in matrices]
     write_whole(path, ("\n".join([*lines, "", "[types]", *types]) + "\n").encode())

@@ -46,6 +46,7 @@ class PlanChoices(OpenChoices):
 def plan(terminal: Terminal, choices: PlanChoices) -> None:
     """Predict losses, or read them; then show the curve, and plan one size."""
     from converters.folding import folded
+    from converters.measurements import first_tokens_shown
     from converters.plan import Request
     from converters.targets import parse_request
 
@@ -53,6 +54,7 @@ def plan(terminal: Terminal, choices: PlanChoices) -> None:
     _check(choices, request)
     checkpoint, options = _opened(terminal, choices)
     if choices.fold:
+        options = first_tokens_shown(terminal, checkpoint, options)
         with terminal.stages("inputs") as report:
             checkpoint, options = folded(checkpoint, options, lambda done, total: report("fold", done, total))
     options = with_losses(terminal, checkpoint, options)
@@ -68,17 +70,14 @@ def with_losses(
     terminal: Terminal, checkpoint: "Checkpoint", options: "ConvertOptions", *, measure: bool = True
 ) -> "ConvertOptions":
     """Return the options with predicted losses: those of an earlier plan, or new ones if they may be made."""
-    from converters.pipeline import first_tokens_known
+    from converters.measurements import first_tokens_shown
     from converters.type_losses import kept_losses, measured_losses
 
     kept = kept_losses(options)
     if kept is not None or not measure:
         return replace(options, losses=kept)
     if options.compensate:
-        with terminal.stages("blocks") as report:
-            options = first_tokens_known(
-                checkpoint, options, lambda done, total: report("first tokens", done, total)
-            )
+        options = first_tokens_shown(terminal, checkpoint, options)
     with terminal.stages("matrices") as report:
         found = measured_losses(checkpoint, options, lambda done, total: report("losses", done, total))
     return replace(options, losses=found)
@@ -227,7 +226,8 @@ def _one(
     for note in made.notes:
         terminal.result(f"{request}: {note}")
     if output is not None:
-        write_plan(output, checkpoint.provenance.name, made, nats)
+        fold = checkpoint.fold is not None
+        write_plan(output, checkpoint.provenance.name, made, nats, fold=fold)
         terminal.result(f"wrote {output}")
     return _document(made, nats)
 

@@ -100,6 +100,11 @@ def file_source(path: Path, eos: EosRule) -> Source:
     with readable(path):
         file = open_gguf(path)
         travelling = travelling_files(path.resolve().parent)
+    if file.fold is not None:
+        raise CheckpointError(
+            f"{path}: channel scales are folded: adapters and archives of the original do not fit it",
+            hint="give the original model, or a file that was made without --fold",
+        )
     specs = file.weights.specs()
     found = {name: found_by_spec(spec) for name, spec in specs.items()}
     # What is quantized shows as its quant type, and is refused by the same rule as any other dtype.

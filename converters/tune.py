@@ -125,7 +125,8 @@ def _tuned(
     """Train, and write the file; return what came of it, and the trained matrices' pieces by name."""
     matrices = scaled_matrices(file)
     rows = sample_rows(archive.rows().split(), min(TOKENS, settings.n_steps * settings.tokens))
-    reference = ReferenceModel(checkpoint.config, checkpoint.weights, usable_device(device))
+    weights = file.as_stored(checkpoint.weights)
+    reference = ReferenceModel(checkpoint.config, weights, usable_device(device))
     model = ReferenceModel(checkpoint.config, file.weights, usable_device(device))
     found = tune(reference, model, matrices, rows, settings, on_step)
     pieces = _write(path, output, matrices, found, file.config.head_dim)

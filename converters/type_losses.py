@@ -145,8 +145,8 @@ def _place(options: ConvertOptions) -> tuple[Path, str]:
     """Return where the losses lie, and their key."""
     archive = _archive(options)
     members = {name: member.sha256 for name, member in sorted(archive.manifest.members.items())}
-    if archive.view:
-        members["view"] = archive.view
+    if archive.variant:
+        members["variant"] = archive.variant
     decided = {
         "versions": [_VERSION, ENCODING, SOLVING, type_errors.ROWS, dict(type_errors.SENSITIVITY)],
         "model": archive.manifest.request.model,

@@ -7,7 +7,7 @@ second are multiplied by, and the model computes what it did.
     v                    o                          channel of a KV head, which its query heads share
     up                   down                       inner channel of the MLP (SiLU is on gate's side)
 
-The rows of v and up have steps of their own, which take a row's scale without loss. A block of o or down has
+The rows of v and up have steps of their own, which take a row's scale. A block of o or down has
 one step for its 32 (or 16) columns, which goes with the largest of them: the error in each costs its D_j
 times the same step squared. With w_j^2 the mean square of column j, the cost of a block goes as
 
@@ -20,8 +20,8 @@ would be free too, are better left alone (docs/fidelity.md).
 
 Statistics need no second calibration: a channel's scale changes the diagonal of H and leaves all
 correlations as they are. Factors are powers of 2^(1/8), each kept as its exponent in a byte: the step costs
-the product above 0.3 % at most, and an exporter can write the bytes down, by which a reader takes the
-factors back exactly.
+the product above a quarter of a percent, and an exporter can write the bytes down, by which a reader takes
+the factors back exactly.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,8 +38,9 @@ from quantize.weights import TensorSpec, Weights
 
 STEPS = 8
 """Steps of a factor of two."""
-MOST = 5 * STEPS
-"""Exponents further from their mean than that are cut: a factor of 32."""
+MOST = 3 * STEPS
+"""Exponents further from their mean than that are cut: a factor of 8. Blocks of rows that are divided by much
+more could need a `d` that f16 holds with few bits."""
 
 PAIRS = {
     ATTENTION_MIXED: ("self_attn.v_proj", "self_attn.o_proj"),
@@ -135,24 +136,19 @@ def exponents_of(channels: Channels) -> torch.Tensor:
     """Return the exponents of s_j = (h_j / w_j^2)^(1/4), h_j^2 = E[x_j^2], int8 (K,).
 
     A common factor of all is free: it is chosen so that the sum of the first matrix's E[y_j^2] stays what it
-    was, and with it what is known of the cost of errors there. Each exponent is within MOST of the mean of
-    all. Channels that are always zero, on either side, get the factor 1.
+    was, and with it what is known of the cost of errors there. No exponent is further than MOST from the mean
+    of the channels that are alive; those that are always zero, or no number, on either side, have the mean.
     """
-    alive = (channels.power > 0) & (channels.weight > 0) & (channels.output > 0)
+    parts = channels.power, channels.weight, channels.output
+    alive = torch.stack([(part > 0) & part.isfinite() for part in parts]).all(0)
     exponents = torch.zeros(len(alive))
     if alive.any():
-        power, weight, output = (
-            each[alive].double() for each in (channels.power, channels.weight, channels.output)
-        )
+        power, weight, output = (part[alive].double() for part in parts)
         wanted = (power.sqrt() / weight).log2() * STEPS / 4
-        exponents[alive] = _balanced((wanted - wanted.mean()).round().clamp(-MOST, MOST), output).float()
+        exponents[alive] = (wanted - wanted.mean()).round().clamp(-MOST, MOST).float()
+        left = (output * torch.exp2(-2 * exponents[alive].double() / STEPS)).sum() / output.sum()
+        exponents += float((left.log2() / 2 * STEPS).round())
     return exponents.to(torch.int8)
-
-
-def _balanced(exponents: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """Return the exponents plus what makes sum(output / s^2) sum(output), f64 (K,)."""
-    left = (output * torch.exp2(-2 * exponents / STEPS)).sum() / output.sum()
-    return exponents + (left.log2() / 2 * STEPS).round()
 
 
 def of_query_heads(config: LlamaConfig, channels: torch.Tensor) -> torch.Tensor:

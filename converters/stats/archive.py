@@ -92,7 +92,7 @@ class Archive:
         return f"{self.manifest.members[member].sha256} {inputs}"
 
     @property
-    def view(self) -> str:
+    def variant(self) -> str:
         """What was made of the statistics that are stored, if they are not given as they are."""
         return ""
 

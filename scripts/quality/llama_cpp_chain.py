@@ -108,7 +108,7 @@ class Chain:
     def _made_ours(self, recipe: str, role: str) -> Path:
         if not self.fold:
             return self.made(recipe, self.options(recipe), role)
-        checkpoint, options = folded(self.checkpoint, self._unpriced())
+        checkpoint, options = folded(self.checkpoint, first_tokens_known(self.checkpoint, self._unpriced()))
         chain = replace(self, checkpoint=checkpoint)
         return chain.made(recipe, chain._priced(options, recipe), role)
 

@@ -6,7 +6,7 @@ of rows; a row is BOS, where the tokenizer has one, and the tokens of consecutiv
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -50,11 +50,17 @@ _FAR = 24_000  # characters: beyond what spread_rows takes of a language for 36,
 
 
 def _excerpts(half: Path, n_rows: int, *lengths: int) -> Iterator[tuple[str, ...]]:
-    """Yield `n_rows` excerpts of the languages in turn, each cut into parts of these lengths."""
+    """Yield `n_rows` excerpts, spread over the languages, each cut into parts of these lengths.
+
+    Raises ValueError for more than the text has.
+    """
     names = languages(half)
     for number in range(n_rows):
-        text = (half / f"{names[number % len(names)]}.txt").read_text("utf-8")
-        ends = [_FAR, *(_FAR + sum(lengths[: i + 1]) for i in range(len(lengths)))]
+        name = names[number * len(names) // n_rows if n_rows < len(names) else number % len(names)]
+        text, first = (half / f"{name}.txt").read_text("utf-8"), _FAR + number // len(names) * sum(lengths)
+        if first + sum(lengths) > len(text):
+            raise ValueError(f"{name}.txt: no text for {n_rows} rows")
+        ends = [first, *(first + sum(lengths[: i + 1]) for i in range(len(lengths)))]
         yield tuple(text[start:end] for start, end in itertools.pairwise(ends))
 
 
@@ -73,7 +79,7 @@ def chat_rows(half: Path, tokenizer: CheckpointTokenizer, n_rows: int, length: i
             {"role": "assistant", "content": answer},
         ]
         rows.append(chat_ids(tokenizer, render(template, tokenizer.vocabulary, messages))[:length])
-    return [torch.tensor(row, dtype=torch.int64) for row in rows if len(row) == length]
+    return _whole(rows, length)
 
 
 def infill_rows(half: Path, tokenizer: CheckpointTokenizer, n_rows: int, length: int) -> list[torch.Tensor]:
@@ -85,4 +91,10 @@ def infill_rows(half: Path, tokenizer: CheckpointTokenizer, n_rows: int, length:
     rows = []
     for before, middle, after in _excerpts(half, n_rows, 2 * length, 3 * length, length):
         rows.append(tokenizer.encode(f"{begin}{before}{hole}{after}{end}{middle}")[:length])
-    return [torch.tensor(row, dtype=torch.int64) for row in rows if len(row) == length]
+    return _whole(rows, length)
+
+
+def _whole(rows: Sequence[list[int]], length: int) -> list[torch.Tensor]:
+    if any(len(row) < length for row in rows):
+        raise ValueError(f"an excerpt has fewer than {length} tokens")
+    return [torch.tensor(row, dtype=torch.int64) for row in rows]
