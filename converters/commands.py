@@ -78,7 +78,7 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     from converters.measurements import expected, prepared
     from converters.pipeline import plan_exports
     from converters.prove import prove_written
-    from converters.tune_command import check_tuning, trained
+    from converters.tune_command import check_tuning, suggest_tuning, trained
 
     requests = _requests(choices)
     refuse_contradictions(choices, requests)
@@ -93,6 +93,8 @@ def convert(terminal: Terminal, choices: ConvertChoices) -> None:
     written_from, plans, options = prepared(terminal, checkpoint, choices, plans, options)
     for plan in plans:
         _say_plan(terminal, plan)
+    if choices.tune is None:
+        suggest_tuning(terminal, plans, options)
     if choices.dry_run:
         from converters.dry_run import show_dry_run
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MOST_BITS = 4.5
 """Bits per weight above which nothing was gained where it was measured (docs/fidelity.md)."""
+FEW_BITS = 4.0
+"""Bits per weight below which a fifth to a third of the loss was gained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,18 @@ def check_tuning(terminal: Terminal, plans: Sequence["Plan"]) -> None:
             terminal.say(f"--tune: {plan.request} has {bits}: above {MOST_BITS:g} training gains nothing")
     if idle:
         terminal.say(f"--tune: {', '.join(idle)} stays as converted: no scales that can be moved")
+
+
+def suggest_tuning(terminal: Terminal, plans: Sequence["Plan"], options: "ConvertOptions") -> None:
+    """Name the exports that --tune would make much better, where there are rows to train on."""
+    from converters.tune import can_be_tuned
+
+    for plan in plans if options.archive is not None else ():
+        few = plan.request.format == "gguf" and plan.bits_per_weight < FEW_BITS
+        if few and len(plan.files) == 1 and can_be_tuned(plan):
+            terminal.say(
+                f"{plan.request}: --tune would lower the loss further, in more time: docs/fidelity.md"
+            )
 
 
 def trained(

@@ -85,6 +85,17 @@ def test_convert_refuses_what_it_cannot_tune(
     assert not list(tmp_path.iterdir())
 
 
+def test_convert_says_where_training_would_help(made: Made, tmp_path: Path) -> None:
+    """Files of few bits with rows to train on; not those that are trained, split, or of more bits."""
+    convert = ("convert", made.source, "--dry-run", "-o", tmp_path)
+    hint = "--tune would lower the loss further"
+    both = run(*convert, "--to", "gguf:Q2_K", "--to", "gguf:Q4_K_M", "--stats", made.stats)
+    assert f"gguf:Q2_K: {hint}" in both.stderr and f"gguf:Q4_K_M: {hint}" not in both.stderr
+    for others in ((), ("--stats", made.stats, "--tune"), ("--stats", made.stats, "--split-max-size", "1M")):
+        done = run(*convert, "--to", "gguf:Q2_K", *others)
+        assert done.exit_code == 0 and hint not in done.stderr
+
+
 def error(made: Made, output: Path, *others: str | Path) -> DscqError:
     exception = tuned(made, output, *others).exception
     assert isinstance(exception, DscqError)
