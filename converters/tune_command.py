@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MOST_BITS = 4.5
 """Bits per weight above which nothing was gained where it was measured (docs/fidelity.md)."""
 FEW_BITS = 4.0
-"""Bits per weight below which a fifth to a third of the loss was gained."""
+"""Bits per weight below which a sixth to a third of the loss was gained."""
 
 
 @dataclass(frozen=True, kw_only=True)
