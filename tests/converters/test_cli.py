@@ -316,8 +316,10 @@ def test_an_interrupted_run_exits_130_and_leaves_nothing(
     )
     command = [
         sys.executable,
-        "-m",
-        "converters.cli",
+        "-c",
+        # Tests that a shell runs in the background ignore SIGINT, and what they start inherits that.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from converters.cli import main; main()",
         "convert",
         str(source),
         "--to",
