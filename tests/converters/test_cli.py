@@ -306,6 +306,15 @@ def test_a_log_in_ascii_is_no_obstacle(make_checkpoint: MakeCheckpoint) -> None:
     assert "begin\\u2581of" in done.stdout
 
 
+# Tests that a shell runs in the background ignore SIGINT, and what they start inherits that.
+_HEEDING = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from converters.cli import main
+main()
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_exits_130_and_leaves_nothing(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, number: signal.Signals
@@ -317,9 +326,7 @@ def test_an_interrupted_run_exits_130_and_leaves_nothing(
     command = [
         sys.executable,
         "-c",
-        # Tests that a shell runs in the background ignore SIGINT, and what they start inherits that.
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from converters.cli import main; main()",
+        _HEEDING,
         "convert",
         str(source),
         "--to",
