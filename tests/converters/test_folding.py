@@ -50,16 +50,8 @@ def made(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("fold")
     rows = ("--rows", "24", "--length", "128", "--long-rows", "0")
     assert run("calibrate", demo_folder, *rows, "-o", folder / "stats").exit_code == 0
-    convert = (
-        "convert",
-        demo_folder,
-        "--stats",
-        folder / "stats",
-        "--to",
-        "gguf:Q4_K_M",
-        "--probe-tokens",
-        "64",
-    )
+    stats = ("--stats", folder / "stats")
+    convert = ("convert", demo_folder, *stats, "--to", "gguf:Q4_K_M", "--probe-tokens", "64")
     assert run(*convert, "-o", folder / "plain").exit_code == 0
     done = run(*convert, "--fold", "-o", folder / "folded")
     assert done.exit_code == 0, done.output
@@ -187,19 +179,13 @@ def test_folded_losses_are_predicted_apart(
     assert plain[gate] == other[gate] and plain[down] != other[down]
 
 
+def dry_run(made: Made, output: Path, quant: str, *others: str) -> Result:
+    convert = ("convert", made.source, "--stats", made.stats, "--to", quant, "-o", output)
+    return run(*convert, "--fold", "--dry-run", *others)
+
+
 def test_a_dry_run_knows_the_size(made: Made, tmp_path: Path) -> None:
-    convert = (
-        "convert",
-        made.source,
-        "--stats",
-        made.stats,
-        "--to",
-        "gguf:Q4_K_M",
-        "--fold",
-        "--dry-run",
-        "--json",
-    )
-    done = run(*convert, "-o", tmp_path)
+    done = dry_run(made, tmp_path, "gguf:Q4_K_M", "--json")
     assert done.exit_code == 0, done.output
     assert f"{made.folded.stat().st_size:,} bytes" in done.stderr and not list(tmp_path.iterdir())
 
@@ -307,17 +293,6 @@ def test_other_importances_are_scaled_too(made: Made) -> None:
 
 
 def test_a_dry_run_of_a_budget_is_provisional(made: Made, tmp_path: Path) -> None:
-    convert = (
-        "convert",
-        made.source,
-        "--stats",
-        made.stats,
-        "--to",
-        "gguf:bpw=4",
-        "--dry-run",
-        "-o",
-        tmp_path,
-    )
-    done = run(*convert, "--fold")
+    done = dry_run(made, tmp_path, "gguf:bpw=4")
     assert done.exit_code == 0, done.output
     assert "no losses have been predicted yet" in done.output
