@@ -123,22 +123,24 @@ def _corpus_options(choices: CalibrateChoices) -> "CorpusOptions":
         sources=choices.text or None,
         n_rows=choices.rows,
         length=choices.length,
-        shares=parse_shares(choices.shares),
+        shares=parse_shares(choices.shares, own_text=bool(choices.text)),
         n_long=choices.long_rows,
         seed=choices.seed,
     )
 
 
-def parse_shares(texts: tuple[str, ...]) -> "Shares":
+def parse_shares(texts: tuple[str, ...], *, own_text: bool = False) -> "Shares":
     """Return the shares that `completion=0.5` and the like say; the kinds not named keep their default.
 
-    Raises UsageError for an unknown kind, for what is no number of zero or more, and for a sum of zero.
+    The default of noise is 0 for the built-in text, OWN_TEXT_NOISE for other text.
+
+    Raises UsageError for an unknown kind, for what is no number of zero or more, and for a share of no text.
     """
     from dataclasses import replace
 
-    from converters.corpus.rows import KINDS, Shares
+    from converters.corpus.rows import KINDS, NOISE, OWN_TEXT_NOISE, Shares
 
-    given: dict[str, float] = {}
+    given = {NOISE: OWN_TEXT_NOISE} if own_text else {}
     for text in texts:
         kind, _, value = text.partition("=")
         try:
@@ -151,8 +153,8 @@ def parse_shares(texts: tuple[str, ...]) -> "Shares":
                 f"--share {text}: expected KIND=NUMBER, a number of zero or more", hint=f"kinds: {known}"
             )
     shares = replace(Shares(), **given)
-    if sum(getattr(shares, kind) for kind in KINDS) == 0:
-        raise UsageError("--share: all shares are zero", hint="give at least one kind a share")
+    if shares.text == 0:
+        raise UsageError("--share: no text has a share", hint="give at least one kind but noise a share")
     return shares
 
 

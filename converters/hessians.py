@@ -102,9 +102,8 @@ def first_tokens_of(
     device: str = "cpu",
 ) -> FirstTokens:
     """Push what the archive's rows begin with through the checkpoint, on a device."""
-    rows = archive.rows()
-    starts = rows.lengths.long().cumsum(0) - rows.lengths
-    return first_tokens(checkpoint.config, checkpoint.weights, rows.ids[starts].tolist(), on_block, device)
+    ids = [int(row[0]) for row in archive.rows().text()]
+    return first_tokens(checkpoint.config, checkpoint.weights, ids, on_block, device)
 
 
 def check_hessians(archive: Archive) -> None:

@@ -166,7 +166,8 @@ ROW_OPTIONS = options(
         "shares",
         multiple=True,
         metavar="KIND=NUMBER",
-        help="Share of completion, infill, repository or chat rows; default: 0.5, 0.25, 0.15, 0.1.",
+        help="Share of completion, infill, repository, chat or noise rows; "
+        "default: 0.5, 0.25, 0.15, 0.1, 0 (with --text 0.1).",
     ),
     click.option(
         "--long-rows",

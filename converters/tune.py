@@ -124,7 +124,7 @@ def _tuned(
 ) -> tuple[TunedFile, dict[str, Piece]]:
     """Train, and write the file; return what came of it, and the trained matrices' pieces by name."""
     matrices = scaled_matrices(file)
-    rows = sample_rows(archive.rows().split(), min(TOKENS, settings.n_steps * settings.tokens))
+    rows = sample_rows(archive.rows().text(), min(TOKENS, settings.n_steps * settings.tokens))
     weights = file.as_stored(checkpoint.weights)
     reference = ReferenceModel(checkpoint.config, weights, usable_device(device))
     model = ReferenceModel(checkpoint.config, file.weights, usable_device(device))

@@ -2,6 +2,7 @@
 
 The kinds are served in the order of how choosy they are: long rows, repository, infill, chat, and completion.
 That takes any text, and so takes over what the others could not use. No text is in two rows of whatever kind.
+Noise comes last, in its share of what there is.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ import torch
 from converters.corpus.bundled import bundled_texts
 from converters.corpus.chat import chat_ids, chat_template, render
 from converters.corpus.infill import has_marks, infill_row
+from converters.corpus.noise import noise_rows
 from converters.corpus.order import Draws, in_turns, shuffled
 from converters.corpus.pieces import head_of
 from converters.corpus.repository import projects_of, repository_rows
@@ -71,9 +73,9 @@ def _checked_length(options: CorpusOptions, config: LlamaConfig) -> int:
         reasons.append(f"long rows: found {options.n_long}, expected 0 or more")
     if options.n_long and options.long_length <= TRAINED_REACH:
         reasons.append(f"long length: found {options.long_length}, expected more than {TRAINED_REACH}")
-    if min(shares.values()) < 0 or not sum(shares.values()):
+    if min(shares.values()) < 0 or not options.shares.text:
         told = ", ".join(f"{kind} {share:g}" for kind, share in shares.items())
-        reasons.append(f"shares: found {told}; expected 0 or more, not all 0")
+        reasons.append(f"shares: found {told}; expected 0 or more, and some text")
     if options.sources is not None and not options.sources:
         reasons.append("sources: none given")
     if reasons:
@@ -126,7 +128,9 @@ class _Builder:
 
     def rows(self) -> Iterator[TokenRow]:
         """Yield the rows of every kind, long ones first."""
-        budget = self.left
+        budget, noise = self.left, self.options.shares.of("noise")
+        self.left -= round(budget * noise)
+        available = self.left
         yield from self._charged(self._long())
         makers: dict[Kind, Callable[[], Iterator[TokenRow]]] = {
             "repository": self._repository,
@@ -137,6 +141,10 @@ class _Builder:
             yield from self._filled(make(), round(budget * self.options.shares.of(kind)))
         rest = self.left if self.options.shares.completion else 0
         yield from self._filled(self._completion(), rest)
+        if (n_text := available - self.left) and noise:
+            yield from noise_rows(
+                self.tokenizer, self.length, n_text * noise / (1 - noise), self.options.seed
+            )
 
     def too_little(self) -> str:
         """The message of a corpus without a row."""

@@ -7,8 +7,12 @@ from typing import Any, Final, Literal
 
 import torch
 
-Kind = Literal["completion", "infill", "repository", "chat"]
-KINDS: Final[tuple[Kind, ...]] = ("completion", "infill", "repository", "chat")
+Kind = Literal["completion", "infill", "repository", "chat", "noise"]
+KINDS: Final[tuple[Kind, ...]] = ("completion", "infill", "repository", "chat", "noise")
+NOISE: Final = "noise"
+"""The kind of rows that are no text (converters/corpus/noise.py)."""
+OWN_TEXT_NOISE: Final = 0.1
+"""Noise for each token of a text of the user's own, which is narrower than what the model will meet."""
 TRAINED_REACH: Final = 4096
 """Positions up to here were trained before the rope scale was stretched; a long row passes it."""
 DEFAULT_LENGTH: Final = 2048
@@ -30,12 +34,21 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class Shares:
-    """Parts of the token budget by kind, each 0 or more; they are scaled to a sum of one."""
+    """Parts of the token budget by kind, each 0 or more; they are scaled to a sum of one.
+
+    The built-in text is of many kinds and needs no noise; text of the user's own is given `OWN_TEXT_NOISE`.
+    """
 
     completion: float = 0.50
     infill: float = 0.25
     repository: float = 0.15
     chat: float = 0.10
+    noise: float = 0.0
+
+    @property
+    def text(self) -> float:
+        """What all kinds but noise have together, unscaled: without text there is no noise either."""
+        return float(sum(asdict(self).values()) - self.noise)
 
     def of(self, kind: Kind) -> float:
         """The share of one kind when all sum to one."""

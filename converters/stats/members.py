@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from converters.corpus.rows import NOISE
 from converters.disk import PARTIAL, explained
 from converters.stats.manifest import Member
 from quantize.errors import ArchiveError
@@ -64,6 +65,15 @@ class Rows:
     def split(self) -> list[torch.Tensor]:
         """Return each row's ids, int64 (n,)."""
         return list(torch.split(self.ids.long(), self.lengths.tolist()))
+
+    def is_text(self) -> torch.Tensor:
+        """Return which rows are text, bool (rows,): all but noise, or all where there is nothing else."""
+        text = torch.tensor([kind != NOISE for kind in self.kinds])
+        return text if bool(text.any()) else ~text
+
+    def text(self) -> list[torch.Tensor]:
+        """Return the ids of each row that is text, int64 (n,)."""
+        return [row for row, text in zip(self.split(), self.is_text().tolist(), strict=True) if text]
 
     def sha256(self) -> str:
         """Return a hash of all of it."""

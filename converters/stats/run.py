@@ -29,6 +29,7 @@ from converters.stats.members import (
     HEAD,
     ROWS,
     WEIGHTS,
+    Rows,
     TokenRow,
     block_member,
     gradient_tensor,
@@ -68,6 +69,7 @@ from quantize.sensitivity import (
 from quantize.statistics import PackedStatistics, SecondMoment, merge, pack
 
 Result = TypeVar("Result")
+Weights = dict[tuple[int, str], torch.Tensor]
 
 
 def calibrate_checkpoint(
@@ -119,11 +121,21 @@ def _weights(
         weights = {(layer, name): tensors[f"{layer}.{name}"] for layer, name in places}
         return TokenWeights(weights, gradients_of(tensors[GRADIENTS]), read_statistics(path, EMBEDDING))
     room = chunk_tokens_for(config.n_layers, config.hidden_size, free_bytes(options.device))
-    made = token_weights(model, task.rows.split(), room, on_block=on_weights or (lambda done, total: None))
+    text = token_weights(model, task.rows.text(), room, on_block=on_weights or (lambda done, total: None))
+    made = replace(text, weights=_beside_noise(text.weights, task.rows))
     named = {f"{layer}.{name}": each.contiguous() for (layer, name), each in made.weights.items()}
     known = {GRADIENTS: gradient_tensor(made.gradients)} | statistic_tensors(EMBEDDING, pack(made.embedding))
     write_member(options.folder, WEIGHTS, named | known)
     return made
+
+
+def _beside_noise(weights: Mapping[tuple[int, str], torch.Tensor], rows: Rows) -> Weights:
+    """Return the weights of all rows' tokens for those of the text's: noise counts as the text does."""
+    text = torch.repeat_interleave(rows.is_text(), rows.lengths.long())
+    found = {place: torch.ones(len(text)) for place in weights}
+    for place, each in weights.items():
+        found[place][text] = each.cpu()
+    return found
 
 
 class _Together:
@@ -245,7 +257,7 @@ class _Run:
             return {}
         if weights is None:
             found = mean_gradients(
-                self.model, self.task.rows.split(), on_block=on_block, chunk_tokens=self._chunk_tokens()
+                self.model, self.task.rows.text(), on_block=on_block, chunk_tokens=self._chunk_tokens()
             )
         else:
             found = Gradients(weights.gradients, weights.embedding)

@@ -1,7 +1,8 @@
 """The two ways from a checkpoint and a calibration text to a GGUF: llama.cpp's tools, and `dscq`.
 
     theirs   llama-imatrix on an F32 GGUF and the text, then llama-quantize --imatrix
-    ours     the same text in the same chunks of 512 tokens into a statistics archive, then `convert --stats`
+    ours     the same text in the same chunks of 512 tokens into a statistics archive, with noise if that is
+             asked for, then `convert --stats`
 
 Every file stays in the work folder under a name that says what it is, so that an interrupted benchmark goes
 on. `tools` is the folder of llama-imatrix and llama-quantize (`scripts/llama_cpp_tools`).
@@ -14,10 +15,12 @@ from pathlib import Path
 import torch
 
 from converters.checkpoint import Checkpoint
+from converters.corpus.noise import noise_rows
 from converters.folding import folded
 from converters.pipeline import convert, first_tokens_known
 from converters.plan import ConvertOptions
 from converters.stats.archive import Archive
+from converters.stats.members import TokenRow
 from converters.stats.prepare import CalibrateOptions
 from converters.stats.run import calibrate_checkpoint
 from converters.targets import parse_request
@@ -45,7 +48,7 @@ class Chain:
     `weighted` rounds ours to nearest with importances, and gathers diagonals alone; otherwise errors are
     compensated with `effort`, under Hessians in which tokens count by their gradients if `sensitivity`.
     `pinned` has embedding and output matrix in F16, on both sides. With `tune` ours is trained so many steps,
-    with `fold` its channels are scaled.
+    with `fold` its channels are scaled. For each token of the text the archive has `noise` random ones.
     """
 
     checkpoint: Checkpoint
@@ -59,6 +62,7 @@ class Chain:
     sensitivity: bool = False
     tune: int = 0
     fold: bool = False
+    noise: float = 0.0
 
     def their_imatrix(self) -> Path:
         """Return llama-imatrix's file for the text."""
@@ -88,9 +92,11 @@ class Chain:
         return path
 
     def archive(self) -> Archive:
-        """Return the statistics archive of the text, in the chunks of llama-imatrix."""
+        """Return the statistics archive of the text, in the chunks of llama-imatrix, and of noise."""
         ids = torch.tensor(self.checkpoint.tokenizer.encode(self.text.read_text("utf-8")))
-        rows = [Row(part) for part in torch.split(ids, CHUNK)[: self.n_chunks]]
+        rows: list[TokenRow] = [Row(part) for part in torch.split(ids, CHUNK)[: self.n_chunks]]
+        n_text = sum(len(row.ids) for row in rows)
+        rows += noise_rows(self.checkpoint.tokenizer, CHUNK, n_text * self.noise, 0)
         name = "stats" if self.weighted else f"hessians{'-sensitivity' * self.sensitivity}"
         options = CalibrateOptions(
             self.work / name, diagonal_only=self.weighted, sensitivity=self.sensitivity

@@ -132,15 +132,23 @@ def test_shares_are_read_and_the_others_keep_their_default() -> None:
     assert (shares.infill, shares.chat, shares.completion) == (0.0, 0.3, 0.5)
 
 
+def test_text_of_ones_own_gets_noise_unless_told_otherwise() -> None:
+    assert parse_shares(()).noise == 0
+    assert parse_shares((), own_text=True).noise == 0.1
+    assert parse_shares(("noise=0",), own_text=True).noise == 0
+
+
 @pytest.mark.parametrize("text", ["fim=1", "infill", "infill=-1", "infill=much", "infill=inf", "infill=nan"])
 def test_a_share_that_is_none_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match=f"--share {text}: expected KIND=NUMBER"):
         parse_shares((text,))
 
 
-def test_shares_of_zero_leave_nothing_to_calibrate_on() -> None:
-    with pytest.raises(UsageError, match="all shares are zero"):
-        parse_shares(tuple(f"{kind}=0" for kind in ("completion", "infill", "repository", "chat")))
+@pytest.mark.parametrize("own_text", [False, True])
+def test_shares_of_zero_leave_nothing_to_calibrate_on(own_text: bool) -> None:
+    zeros = tuple(f"{kind}=0" for kind in ("completion", "infill", "repository", "chat"))
+    with pytest.raises(UsageError, match="no text has a share"):
+        parse_shares(zeros, own_text=own_text)
 
 
 def test_inspect_shows_every_input(stats: Path) -> None:

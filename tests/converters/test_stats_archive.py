@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converters.checkpoint import open_checkpoint
+from converters.hessians import first_tokens_of
 from converters.stats.archive import Archive, open_archive
 from converters.stats.members import archive_bytes
 from converters.stats.prepare import CalibrateOptions
@@ -361,6 +362,33 @@ def test_tokens_count_by_their_gradients_where_that_is_asked_for(source: Path, t
     with pytest.raises(ArchiveError, match="another request") as caught:
         calibrate(source, tmp_path / "plain", sensitivity=True)
     assert any("tokens" in reason for reason in caught.value.reasons)
+
+
+def test_noise_is_in_the_hessians_and_nowhere_else(source: Path, tmp_path: Path) -> None:
+    noise = [Row(row.ids, "noise") for row in rows_of(21, seed=5)]
+    rows = [ROWS[0], *noise, *ROWS[1:]]
+    text, both = calibrate(source, tmp_path / "text"), calibrate(source, tmp_path / "both", rows=rows)
+    alone = calibrate(source, tmp_path / "alone", rows=noise)
+    place = block_tensor(1, "mlp.up_proj")
+
+    def joined(one: Archive) -> torch.Tensor:
+        H = merge(one.statistics(place), alone.statistics(place)).hessian
+        assert H is not None
+        return H
+
+    def close(archive: Archive, expected: torch.Tensor) -> bool:
+        H = archive.statistics(place).hessian
+        return H is not None and torch.allclose(H, expected, atol=1e-4 * float(expected.max()))
+
+    assert close(both, joined(text)) and not close(both, joined(both))
+    assert both.gradients() == pytest.approx(text.gradients(), rel=1e-5)
+    assert torch.equal(*(a.statistics(llama.EMBEDDING).diagonal for a in (both, text)))
+    firsts = [first_tokens_of(open_checkpoint(source), archive) for archive in (both, text)]
+    assert torch.equal(firsts[0].counts, firsts[1].counts) and int(firsts[0].counts.sum()) == len(ROWS)
+    # What the text's tokens count by their gradients is 1 on average, as noise does.
+    weighed = calibrate(source, tmp_path / "weighed", sensitivity=True)
+    both = calibrate(source, tmp_path / "weighed-both", rows=rows, sensitivity=True)
+    assert close(both, joined(weighed)) and not close(both, joined(text))
 
 
 def test_too_little_room_is_seen_before_the_work(

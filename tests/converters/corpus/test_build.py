@@ -152,12 +152,13 @@ def test_real_tokenizer(real: Model) -> None:
 def test_options_are_refused_all_at_once(build: Build) -> None:
     with pytest.raises(UsageError) as error:
         build(n_rows=0, length=20_000, n_long=1, long_length=4096, shares=Shares(infill=0, chat=-1.0))
+    told = "completion 0.5, infill 0, repository 0.15, chat -1, noise 0"
     assert str(error.value).splitlines() == [
         "the calibration rows cannot be made as asked",
         "  - rows: found 0, expected 1 or more",
         "  - length: found 20000, expected 32 to the model's context of 16384",
         "  - long length: found 4096, expected more than 4096",
-        "  - shares: found completion 0.5, infill 0, repository 0.15, chat -1; expected 0 or more, not all 0",
+        f"  - shares: found {told}; expected 0 or more, and some text",
     ]
 
 
@@ -189,6 +190,28 @@ def test_only_one_kind_when_the_other_shares_are_zero(build: Build) -> None:
     corpus = build(n_rows=8, n_long=0, shares=Shares(completion=0, infill=1, repository=0, chat=0))
     assert set(corpus.identity["kinds"]) == {"infill"}
     assert corpus.n_tokens > 7 * 2048
+
+
+def test_noise_has_its_share_and_no_marks(build: Build, demo: Model) -> None:
+    corpus = build(shares=Shares(noise=0.1))
+    noise = [row.ids for row in corpus.rows if row.kind == "noise"]
+    assert sum(map(len, noise)) == pytest.approx(corpus.n_tokens * 0.1 / 1.1, abs=256)
+    assert corpus.n_tokens == pytest.approx(128 * 2048, abs=2304)
+    kinds, drawn = demo[0].vocabulary.token_types, torch.cat([ids[1:] for ids in noise])
+    assert {len(ids) for ids in noise} == {256} and len({int(ids[0]) for ids in noise}) == 1
+    assert {kinds[i] for i in drawn.tolist()} == {TokenType.NORMAL}
+    # All of 2,000 tokens come about a dozen times each: a part of the vocabulary alone would show.
+    ordinary = sum(kind is TokenType.NORMAL for kind in kinds)
+    assert len(set(drawn.tolist())) > 0.99 * ordinary
+
+
+@pytest.mark.parametrize(("shares", "n_rows"), [(Shares(), 0), (Shares(noise=0.1), 3), (Shares(noise=1), 32)])
+def test_noise_is_a_share_of_the_text_that_there_is(
+    build: Build, tmp_path: Path, shares: Shares, n_rows: int
+) -> None:
+    (tmp_path / "a.py").write_text("".join(f"value_{i} = compute({i})\n" for i in range(2000)))
+    corpus = build(tmp_path / "a.py", n_long=0, shares=shares)
+    assert corpus.identity["kinds"].get("noise", {}).get("rows", 0) == n_rows
 
 
 def test_another_seed_gives_other_rows(build: Build) -> None:
