@@ -132,7 +132,7 @@ def _corpus_options(choices: CalibrateChoices) -> "CorpusOptions":
 def parse_shares(texts: tuple[str, ...], *, own_text: bool = False) -> "Shares":
     """Return the shares that `completion=0.5` and the like say; the kinds not named keep their default.
 
-    The default of noise is 0 for the built-in text, OWN_TEXT_NOISE for other text.
+    Noise, if not named, is 0 for the built-in text, OWN_TEXT_NOISE of what the others have for other text.
 
     Raises UsageError for an unknown kind, for what is no number of zero or more, and for a share of no text.
     """
@@ -140,7 +140,7 @@ def parse_shares(texts: tuple[str, ...], *, own_text: bool = False) -> "Shares":
 
     from converters.corpus.rows import KINDS, NOISE, OWN_TEXT_NOISE, Shares
 
-    given = {NOISE: OWN_TEXT_NOISE} if own_text else {}
+    given: dict[str, float] = {}
     for text in texts:
         kind, _, value = text.partition("=")
         try:
@@ -155,6 +155,8 @@ def parse_shares(texts: tuple[str, ...], *, own_text: bool = False) -> "Shares":
     shares = replace(Shares(), **given)
     if shares.text == 0:
         raise UsageError("--share: no text has a share", hint="give at least one kind but noise a share")
+    if own_text and NOISE not in given:
+        return replace(shares, noise=OWN_TEXT_NOISE * shares.text)
     return shares
 
 

@@ -5,7 +5,8 @@
     sources.py     the user's own: source trees, .txt, .jsonl, .parquet, a dataset's id
     order.py       draws and orders that are the same on every machine
     pieces.py      a text cut to a number of tokens
-    infill.py repository.py dependencies.py chat.py      the kinds of rows
+    infill.py repository.py dependencies.py chat.py      the kinds of rows that are text
+    noise.py       rows of random tokens
     rows.py        a row, the corpus, the options
     build.py       `build_corpus`: the budget, shared out among the kinds
     show.py        what the model will see, as lines of text

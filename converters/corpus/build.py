@@ -7,6 +7,7 @@ Noise comes last, in its share of what there is.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from converters.corpus.pieces import head_of
 from converters.corpus.repository import projects_of, repository_rows
 from converters.corpus.rows import (
     DEFAULT_LENGTH,
+    NOISE,
     SHORTEST,
     TRAINED_REACH,
     Corpus,
@@ -48,8 +50,8 @@ def build_corpus(tokenizer: CheckpointTokenizer, config: LlamaConfig, options: C
     rows = tuple(builder.rows())
     if not rows:
         raise CorpusError(builder.too_little(), reasons=builder.notes)
-    budget = options.n_rows * length
-    n_tokens = sum(len(row.ids) for row in rows)
+    budget = round(options.n_rows * length * (1 - options.shares.of("noise")))
+    n_tokens = sum(len(row.ids) for row in rows if row.kind != NOISE)
     if n_tokens < budget * 9 // 10:
         builder.notes.append(
             f"the text gives {n_tokens:,} of the {budget:,} tokens asked for: fewer rows are used"
@@ -91,7 +93,7 @@ def _identity(
     return {
         "name": builder.texts.name,
         "tokenizer": builder.tokenizer.fingerprint,
-        "options": asdict(builder.options) | {"sources": _listed(builder.options), "length": length},
+        "options": _told(builder.options) | {"length": length},
         "files": [asdict(record) for record in records],
         "n_rows": len(rows),
         "n_tokens": sum(len(row.ids) for row in rows),
@@ -102,8 +104,12 @@ def _identity(
     }
 
 
-def _listed(options: CorpusOptions) -> list[str] | None:
-    return None if options.sources is None else list(options.sources)
+def _told(options: CorpusOptions) -> dict[str, Any]:
+    """The options as JSON has them; no noise is not told, as in corpora from before there was any."""
+    told = asdict(options) | {"sources": None if options.sources is None else list(options.sources)}
+    if not options.shares.noise:
+        del told["shares"][NOISE]
+    return told
 
 
 @dataclass

@@ -36,7 +36,7 @@ class TokenRow:
 class Shares:
     """Parts of the token budget by kind, each 0 or more; they are scaled to a sum of one.
 
-    The built-in text is of many kinds and needs no noise; text of the user's own is given `OWN_TEXT_NOISE`.
+    The built-in text is of many kinds and needs no noise; `dscq calibrate --text` gives it OWN_TEXT_NOISE.
     """
 
     completion: float = 0.50
@@ -48,7 +48,7 @@ class Shares:
     @property
     def text(self) -> float:
         """What all kinds but noise have together, unscaled: without text there is no noise either."""
-        return float(sum(asdict(self).values()) - self.noise)
+        return float(sum(getattr(self, kind) for kind in KINDS if kind != NOISE))
 
     def of(self, kind: Kind) -> float:
         """The share of one kind when all sum to one."""

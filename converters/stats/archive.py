@@ -103,13 +103,14 @@ class Archive:
         return Importances(rows, self.folder.name, corpus, self.manifest.n_rows)
 
     def token_counts(self) -> torch.Tensor:
-        """Return how often each token occurs in the rows, int64 (vocab_size,)."""
+        """Return how often each token occurs in the rows of text, int64 (vocab_size,)."""
         return self._tensors(HEAD, ["token_counts"])["token_counts"]
 
     def gradients(self) -> dict[str, float] | None:
         """Return the mean |g|^2 at each linear's output by its tensor's name; None where it is not known.
 
-        It is over the tokens' weights where the archive is `sensitive`, else over all but first tokens.
+        It is over the tokens' weights where the archive is `sensitive`, else over all but first tokens; noise
+        has no part in it.
         """
         self._check(HEAD)
         if members.GRADIENTS not in members.member_names(self.folder / HEAD):

@@ -223,7 +223,7 @@ class _Run:
     def _finish(self, head: SecondMoment, on_gradients: OnBlock) -> None:
         """Write the last members and the manifest."""
         base, rows = self.task.base, self.task.rows
-        counts = torch.bincount(rows.ids.long(), minlength=self.model.config.vocab_size)
+        counts = torch.bincount(torch.cat(rows.text()), minlength=self.model.config.vocab_size)
         first = 0
         if base is not None:
             first, counts = base.manifest.n_rows, counts + base.token_counts()
@@ -251,7 +251,7 @@ class _Run:
         return chunk_tokens_for(config.n_layers, config.hidden_size, free_bytes(str(device)))
 
     def _gradients(self, on_block: OnBlock) -> dict[str, torch.Tensor]:
-        """Return the mean squared gradients, with those of the archive to add to, by tokens."""
+        """Return the mean squared gradients, with those of the archive to add to, by tokens of text."""
         weights, base = self.calibration.weights, self.task.base
         if self.progress.request.options["diagonal_only"]:
             return {}
@@ -263,7 +263,7 @@ class _Run:
             found = Gradients(weights.gradients, weights.embedding)
         own, embedding = gradient_tensor(found.means), found.embedding
         if base is not None and (earlier := base.gradients()) is not None:
-            n_own, n_base = len(self.task.rows.ids), base.manifest.n_tokens
+            n_own, n_base = (sum(map(len, rows.text())) for rows in (self.task.rows, base.rows()))
             places = {place: earlier[block_tensor(*place)] for place in found.means}
             own = torch.lerp(own, gradient_tensor(places), n_base / (n_own + n_base))
             if base.knows_embedding:

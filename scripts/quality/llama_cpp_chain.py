@@ -98,6 +98,7 @@ class Chain:
         n_text = sum(len(row.ids) for row in rows)
         rows += noise_rows(self.checkpoint.tokenizer, CHUNK, n_text * self.noise, 0)
         name = "stats" if self.weighted else f"hessians{'-sensitivity' * self.sensitivity}"
+        name += self._noisy
         options = CalibrateOptions(
             self.work / name, diagonal_only=self.weighted, sensitivity=self.sensitivity
         )
@@ -106,7 +107,7 @@ class Chain:
     def our_file(self, recipe: str) -> Path:
         """Return our file of a recipe, or of a budget: size=101635008."""
         role = "ours" if self.weighted else f"compensated-{self.effort}{'-sensitivity' * self.sensitivity}"
-        role += "-folded" * self.fold
+        role += "-folded" * self.fold + self._noisy
         path = self._place(role, recipe)
         made = path if path.exists() else self._made_ours(recipe, role)
         return self._tuned(made, self._place(f"{role}-tuned-{self.tune}", recipe)) if self.tune else made
@@ -154,6 +155,10 @@ class Chain:
             checkpoint = replace(self.checkpoint, provenance=provenance)
             convert(checkpoint, [parse_request(f"gguf:{recipe}")], options)[0].paths[0].replace(path)
         return path
+
+    @property
+    def _noisy(self) -> str:
+        return f"-noise-{self.noise:g}" if self.noise else ""
 
     @property
     def _suffix(self) -> str:

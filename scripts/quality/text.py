@@ -38,11 +38,19 @@ def language_rows(path: Path, tokenizer: CheckpointTokenizer, n_rows: int, lengt
     return [torch.tensor([*bos, *piece], dtype=torch.int64) for piece in pieces if len(piece) == step]
 
 
-def spread_rows(half: Path, tokenizer: CheckpointTokenizer, n_tokens: int, length: int) -> list[torch.Tensor]:
-    """Return rows of all languages alike, together at least `n_tokens`."""
-    names = languages(half)
+def spread_rows(
+    half: Path, tokenizer: CheckpointTokenizer, n_tokens: int, length: int, names: Sequence[str] = ()
+) -> list[torch.Tensor]:
+    """Return rows of the languages alike, all if none is named, together at least `n_tokens`.
+
+    Raises ValueError for more than a language has.
+    """
+    names = names or languages(half)
     n_rows = -(-n_tokens // (length * len(names)))
-    return [row for name in names for row in language_rows(half / f"{name}.txt", tokenizer, n_rows, length)]
+    parts = {name: language_rows(half / f"{name}.txt", tokenizer, n_rows, length) for name in names}
+    if short := [f"{name} {len(part)}" for name, part in parts.items() if len(part) < n_rows]:
+        raise ValueError(f"{n_rows} rows of {length} tokens are wanted, there are: {', '.join(short)}")
+    return [row for part in parts.values() for row in part]
 
 
 _QUESTION = "What does this do, and how does it go on?"

@@ -118,6 +118,17 @@ def test_contradictions_are_usage_errors(
     assert message in str(result.exception)
 
 
+@pytest.mark.parametrize(("options", "noisy"), [((), True), (("--share", "noise=0"), False)])
+def test_text_of_ones_own_is_shown_with_its_noise(
+    demo_folder: Path, tmp_path: Path, options: tuple[str, ...], noisy: bool
+) -> None:
+    (tmp_path / "a.py").write_text("".join(f"value_{i} = compute({i})\n" for i in range(2000)))
+    result = run("calibrate", demo_folder, "--text", tmp_path / "a.py", "--show-rows", "0", *options)
+    heads = [line for line in result.stdout.splitlines() if line.startswith("=== row ")]
+    assert result.exit_code == 0 and any(": completion, " in head for head in heads)
+    assert any(": noise, 256 tokens, random tokens" in head for head in heads) is noisy
+
+
 def test_rows_are_shown_and_nothing_else_is_done(demo_folder: Path, tmp_path: Path) -> None:
     result = run("calibrate", demo_folder, *ROWS, "--show-rows", "4", "-o", tmp_path / "stats")
     assert result.exit_code == 0
@@ -136,6 +147,8 @@ def test_text_of_ones_own_gets_noise_unless_told_otherwise() -> None:
     assert parse_shares(()).noise == 0
     assert parse_shares((), own_text=True).noise == 0.1
     assert parse_shares(("noise=0",), own_text=True).noise == 0
+    percent = parse_shares(("completion=50", "infill=25", "repository=15", "chat=0"), own_text=True)
+    assert percent.of("noise") == pytest.approx(0.1 / 1.1)
 
 
 @pytest.mark.parametrize("text", ["fim=1", "infill", "infill=-1", "infill=much", "infill=inf", "infill=nan"])

@@ -383,8 +383,15 @@ def test_noise_is_in_the_hessians_and_nowhere_else(source: Path, tmp_path: Path)
     assert close(both, joined(text)) and not close(both, joined(both))
     assert both.gradients() == pytest.approx(text.gradients(), rel=1e-5)
     assert torch.equal(*(a.statistics(llama.EMBEDDING).diagonal for a in (both, text)))
+    assert torch.equal(both.token_counts(), text.token_counts())
     firsts = [first_tokens_of(open_checkpoint(source), archive) for archive in (both, text)]
     assert torch.equal(firsts[0].counts, firsts[1].counts) and int(firsts[0].counts.sum()) == len(ROWS)
+    other = calibrate(source, tmp_path / "other", rows=rows_of(9, seed=1)).gradients()
+    more = calibrate(source, tmp_path / "more", rows=rows_of(9, seed=1), add=both.folder).gradients()
+    own = text.gradients()
+    assert own is not None and other is not None and more is not None
+    n_text = text.manifest.n_tokens
+    assert more[place] == pytest.approx((own[place] * n_text + other[place] * 9) / (n_text + 9), rel=1e-5)
     # What the text's tokens count by their gradients is 1 on average, as noise does.
     weighed = calibrate(source, tmp_path / "weighed", sensitivity=True)
     both = calibrate(source, tmp_path / "weighed-both", rows=rows, sensitivity=True)

@@ -170,6 +170,20 @@ def test_too_little_text_is_fewer_rows_and_a_note(build: Build, tmp_path: Path) 
     assert told in corpus.notes
 
 
+def test_noise_is_not_counted_as_text(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("".join(f"value_{i} = compute({i})\n" for i in range(2000)))
+    corpus = build(tmp_path / "a.py", n_rows=8, n_long=0, shares=Shares(noise=0.25))
+    n_text = sum(len(row.ids) for row in corpus.rows if row.kind != "noise")
+    told = f"the text gives {n_text:,} of the {round(8 * 2048 * 0.8):,} tokens asked for: fewer rows are used"
+    assert told in corpus.notes
+
+
+def test_corpora_without_noise_are_called_what_they_were_before_there_was_any(build: Build) -> None:
+    without, with_noise = (build(n_rows=2, n_long=0, shares=Shares(noise=n)) for n in (0.0, 0.2))
+    assert set(without.identity["options"]["shares"]) == {"completion", "infill", "repository", "chat"}
+    assert with_noise.identity["options"]["shares"]["noise"] == 0.2
+
+
 def test_no_row_at_all_is_an_error(build: Build, tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x = 1\n")
     with pytest.raises(
