@@ -50,11 +50,9 @@ def build_corpus(tokenizer: CheckpointTokenizer, config: LlamaConfig, options: C
     rows = tuple(builder.rows())
     if not rows:
         raise CorpusError(builder.too_little(), reasons=builder.notes)
-    budget = round(options.n_rows * length * (1 - options.shares.of("noise")))
-    n_tokens = sum(len(row.ids) for row in rows if row.kind != NOISE)
-    if n_tokens < budget * 9 // 10:
+    if builder.made < builder.budget * 9 // 10:
         builder.notes.append(
-            f"the text gives {n_tokens:,} of the {budget:,} tokens asked for: fewer rows are used"
+            f"the text gives {builder.made:,} of the {builder.budget:,} tokens asked for: fewer rows are used"
         )
     notes = (*texts.notes, *builder.notes)
     return Corpus(rows, _identity(rows, builder, length, notes), notes)
@@ -114,7 +112,7 @@ def _told(options: CorpusOptions) -> dict[str, Any]:
 
 @dataclass
 class _Builder:
-    """The text that is still unused, and what the rows made so far have cost."""
+    """The text that is still unused, the tokens of text asked for, and how many are left to make."""
 
     tokenizer: CheckpointTokenizer
     config: LlamaConfig
@@ -130,13 +128,17 @@ class _Builder:
         self.queue = in_turns(self.texts.documents, self.options.seed)
         self.used: set[int] = set()
         self.leftovers: list[tuple[Document, str]] = []
-        self.left = self.options.n_rows * self.length
+        asked = self.options.n_rows * self.length
+        self.budget = self.left = round(asked * (1 - self.options.shares.of("noise")))
+
+    @property
+    def made(self) -> int:
+        """Tokens of text in the rows made so far."""
+        return self.budget - self.left
 
     def rows(self) -> Iterator[TokenRow]:
         """Yield the rows of every kind, long ones first."""
-        budget, noise = self.left, self.options.shares.of("noise")
-        self.left -= round(budget * noise)
-        available = self.left
+        shares, asked = self.options.shares, self.options.n_rows * self.length
         yield from self._charged(self._long())
         makers: dict[Kind, Callable[[], Iterator[TokenRow]]] = {
             "repository": self._repository,
@@ -144,13 +146,11 @@ class _Builder:
             "chat": self._chat,
         }
         for kind, make in makers.items():
-            yield from self._filled(make(), round(budget * self.options.shares.of(kind)))
-        rest = self.left if self.options.shares.completion else 0
+            yield from self._filled(make(), round(asked * shares.of(kind)))
+        rest = self.left if shares.completion else 0
         yield from self._filled(self._completion(), rest)
-        if (n_text := available - self.left) and noise:
-            yield from noise_rows(
-                self.tokenizer, self.length, n_text * noise / (1 - noise), self.options.seed
-            )
+        n_noise = self.made * shares.noise / shares.text
+        yield from noise_rows(self.tokenizer, self.length, n_noise, self.options.seed)
 
     def too_little(self) -> str:
         """The message of a corpus without a row."""

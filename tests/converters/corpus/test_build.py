@@ -30,6 +30,14 @@ REAL_IDS = {
 }
 
 
+@pytest.fixture
+def numbered(tmp_path: Path) -> Path:
+    """A file of 2,000 lines, no two alike: some 8,000 tokens."""
+    path = tmp_path / "a.py"
+    path.write_text("".join(f"value_{i} = compute({i})\n" for i in range(2000)))
+    return path
+
+
 def test_the_default_corpus_is_pinned(demo_corpus: Corpus) -> None:
     """Equal on every machine: the ids follow from the bundled text and the embedded tokenizer alone."""
     assert demo_corpus.identity["ids_sha256"] == PINNED_IDS == ids_digest(demo_corpus.rows)
@@ -170,9 +178,8 @@ def test_too_little_text_is_fewer_rows_and_a_note(build: Build, tmp_path: Path) 
     assert told in corpus.notes
 
 
-def test_noise_is_not_counted_as_text(build: Build, tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text("".join(f"value_{i} = compute({i})\n" for i in range(2000)))
-    corpus = build(tmp_path / "a.py", n_rows=8, n_long=0, shares=Shares(noise=0.25))
+def test_noise_is_not_counted_as_text(build: Build, numbered: Path) -> None:
+    corpus = build(numbered, n_rows=8, n_long=0, shares=Shares(noise=0.25))
     n_text = sum(len(row.ids) for row in corpus.rows if row.kind != "noise")
     told = f"the text gives {n_text:,} of the {round(8 * 2048 * 0.8):,} tokens asked for: fewer rows are used"
     assert told in corpus.notes
@@ -221,10 +228,9 @@ def test_noise_has_its_share_and_no_marks(build: Build, demo: Model) -> None:
 
 @pytest.mark.parametrize(("shares", "n_rows"), [(Shares(), 0), (Shares(noise=0.1), 3), (Shares(noise=1), 32)])
 def test_noise_is_a_share_of_the_text_that_there_is(
-    build: Build, tmp_path: Path, shares: Shares, n_rows: int
+    build: Build, numbered: Path, shares: Shares, n_rows: int
 ) -> None:
-    (tmp_path / "a.py").write_text("".join(f"value_{i} = compute({i})\n" for i in range(2000)))
-    corpus = build(tmp_path / "a.py", n_long=0, shares=shares)
+    corpus = build(numbered, n_long=0, shares=shares)
     assert corpus.identity["kinds"].get("noise", {}).get("rows", 0) == n_rows
 
 
@@ -245,11 +251,9 @@ def test_no_share_for_anything_that_the_model_has_is_an_error(demo: Model) -> No
     assert error.value.reasons == (told,)
 
 
-def test_a_small_text_is_used_up(build: Build, demo: Model, tmp_path: Path) -> None:
+def test_a_small_text_is_used_up(build: Build, demo: Model, numbered: Path) -> None:
     """What an infill's window leaves of a file becomes completion rows, and no line is in two rows."""
-    lines = [f"value_{i} = compute({i})\n" for i in range(2000)]
-    (tmp_path / "a.py").write_text("".join(lines))
-    corpus = build(tmp_path / "a.py", n_long=0, shares=Shares(repository=0, chat=0))
+    corpus = build(numbered, n_long=0, shares=Shares(repository=0, chat=0))
     assert set(corpus.identity["kinds"]) == {"completion", "infill"}
     assert corpus.identity["kinds"]["completion"]["rows"] >= 2
     told = [re.findall(r"compute\((\d+)\)", demo[0].decode(row.ids.tolist())) for row in corpus.rows]
